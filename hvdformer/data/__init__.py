@@ -1,0 +1,1 @@
+"""Data: raw text to shards, shards to examples, positions to example ids."""

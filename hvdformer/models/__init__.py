@@ -1,0 +1,1 @@
+"""Models: plain single-device PyTorch, one file per architecture."""
