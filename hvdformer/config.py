@@ -148,18 +148,12 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         UserError: with every fault that was found, one a line, each with its key path.
     """
     tree: dict[str, Any] = {} if path is None else _read_yaml(path)
-    faults: list[str] = []
-    for override in overrides:
-        try:
-            _set(tree, override)
-        except ValueError as error:
-            faults.append(str(error))
-    return _checked(tree, faults, source=str(path) if path else "the settings")
+    return _with_overrides(tree, overrides, source=str(path) if path else "the settings")
 
 
-def config_from_dict(tree: dict[str, Any], source: str) -> Config:
+def config_from_dict(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """Check settings that were stored by `Config.model_dump`; `source` names them in the message."""
-    return _checked(tree, [], source)
+    return _with_overrides(tree, overrides, source)
 
 
 def flatten(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -206,6 +200,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found a {type(tree).__name__}, expected sections such as `train:` with `steps: 100`.")
     return tree
+
+
+def _with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    faults: list[str] = []
+    for override in overrides:
+        try:
+            _set(tree, override)
+        except ValueError as error:
+            faults.append(str(error))
+    return _checked(tree, faults, source)
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -1,0 +1,5 @@
+"""`python -m hvdformer` is `hvdformer`."""
+
+from hvdformer.cli import main
+
+main()

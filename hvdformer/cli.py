@@ -1,0 +1,254 @@
+"""The command line. Everything heavy is imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from hvdformer import __version__
+from hvdformer.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from hvdformer.runtime import Runtime, Where
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hvdformer")
+def cli() -> None:
+    """Train Transformers on Horovod and MPI.
+
+    \b
+        horovodrun -np 2 hvdformer train           two ranks on this machine
+        mpirun -np 64 hvdformer train run.yaml     a cluster
+        hvdformer train                            one process, the same code path
+    """
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME OF CONFIG]")
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|CHECKPOINT",
+    help="Go on from the run folder's newest checkpoint, insist on a new run, or start from a checkpoint.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the resolved config, parameters, memory and steps; start nothing.")
+def train(arguments: tuple[str, ...], run_dir: Path | None, resume: str, dry_run: bool) -> None:
+    """Train a model; the same command again goes on where the run stopped.
+
+    With no config: a small language model on the source text of Python's own standard library.
+    """
+    config_path, overrides = _split_arguments(arguments)
+    if run_dir is None:
+        run_dir = Path("runs") / (config_path.stem if config_path else "default")
+    if dry_run:
+        _speak_once(lambda: _dry_run(config_path, overrides, run_dir))
+
+    def job(here: Runtime, where: Where) -> int:
+        from hvdformer.config import load_config
+        from hvdformer.distributed import comm
+        from hvdformer.train import train as run_training
+
+        config = comm.on_every_rank(lambda: load_config(config_path, overrides), "config")
+        return run_training(config, run_dir, resume, here, where)
+
+    _on_all_ranks(job, *_device_settings(config_path, overrides))
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(checkpoint: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Validate a CHECKPOINT (a step folder, or a run folder: its newest) on all ranks."""
+
+    def job(here: Runtime, where: Where) -> int:
+        from hvdformer.evaluate import evaluate_checkpoint
+
+        result = evaluate_checkpoint(checkpoint, overrides, here)
+        if here.world.is_first:
+            if as_json:
+                click.echo(json.dumps(result))
+            else:
+                click.echo(
+                    f"{result['checkpoint']}: validation loss {result['validation_loss']:.4f}, "
+                    f"{result['bits_per_byte']:.3f} bits per byte on {result['sequences']} sequences"
+                )
+        return 0
+
+    _on_all_ranks(job, *_device_settings(None, overrides))
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="What the text begins with.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest token.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the k likeliest tokens only.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Sample from the likeliest tokens that hold this probability.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def generate(
+    checkpoint: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> None:
+    """Continue a prompt with a CHECKPOINT (a step folder, or a run folder: its newest)."""
+
+    def speak() -> None:
+        from hvdformer.evaluate import load_model
+        from hvdformer.generate import generate as generate_text
+
+        model, tokenizer, device = load_model(checkpoint)
+        text = generate_text(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            device=device,
+        )
+        click.echo(prompt + text)
+
+    _speak_once(speak)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Check every checksum of a shard folder; checkpoints are always checked.")
+def inspect(path: Path, verify: bool) -> None:
+    """Describe a checkpoint, a run folder or a shard folder as JSON."""
+
+    def speak() -> None:
+        from hvdformer.inspection import inspect as inspect_path
+
+        click.echo(json.dumps(inspect_path(path, verify=verify), indent=1))
+
+    _speak_once(speak)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Say what works here and what not; under a launcher also test every collective on all ranks."""
+    from hvdformer.doctor import doctor as examine
+
+    _run_local(lambda: sys.exit(examine(as_json)))
+
+
+@cli.command("build-horovod")
+@click.option("--gpu", type=click.Choice(["auto", "nccl", "none"]), default="auto", show_default=True)
+@click.option("--mpi", type=click.Choice(["auto", "system", "wheel"]), default="auto", show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), help="Parallel compilers.  [default: by cores and memory]")
+@click.option("--wheel-dir", type=click.Path(path_type=Path), help="Where built wheels are kept.  [default: ~/.cache/hvdformer/wheels]")
+@click.option("--force", is_flag=True, help="Build again, also when the same wheel is there.")
+def build_horovod(gpu: str, mpi: str, jobs: int | None, wheel_dir: Path | None, force: bool) -> None:
+    """Build Horovod for the torch, MPI and CUDA of this environment, and install it."""
+    from hvdformer.horovod_build import build_horovod as build
+
+    _run_local(lambda: build(gpu=gpu, mpi=mpi, jobs=jobs, wheel_dir=wheel_dir, force=force))
+
+
+def main() -> NoReturn:
+    """The console script."""
+    _run_local(lambda: sys.exit(cli.main(standalone_mode=True)))
+    raise AssertionError("sys.exit returns nothing")
+
+
+def _split_arguments(arguments: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
+    """[CONFIG.yaml] [key=value ...] in any order."""
+    paths = [Path(argument) for argument in arguments if "=" not in argument]
+    if len(paths) > 1:
+        raise click.UsageError(
+            f"found {len(paths)} arguments without '=' ({', '.join(map(str, paths))}), expected one CONFIG.yaml at most"
+        )
+    return (paths[0] if paths else None), tuple(argument for argument in arguments if "=" in argument)
+
+
+def _device_settings(config_path: Path | None, overrides: tuple[str, ...]) -> tuple[str, int | None]:
+    """train.device and train.threads, which are needed to join the job; faults in the config are told once joined."""
+    from hvdformer.config import load_config
+
+    try:
+        config = load_config(config_path, overrides)
+    except UserError:
+        return "auto", None
+    return config.train.device, config.train.threads
+
+
+def _on_all_ranks(job: Callable[[Runtime, Where], int], device: str, threads: int | None) -> NoReturn:
+    """Join the job, run this rank's part, leave: whatever happens ends every rank with one message and a code."""
+    from hvdformer import runtime
+    from hvdformer.distributed import comm
+
+    where = runtime.Where()
+    rank = "this process"
+    try:
+        here = runtime.start(device, threads)
+        rank = f"rank {here.world.rank} on {comm.host_name()}"
+        code = job(here, where)
+        comm.disconnect()
+        sys.exit(code)
+    except comm.Agreed as error:
+        # All ranks are here with the same error: the first one tells it, and they leave in order.
+        if comm.is_first():
+            _tell(str(error))
+        comm.disconnect()
+        sys.exit(error.exit_code)
+    except (UserError, RunError) as error:
+        _tell(str(error) if where.step == 0 else f"{rank}, step {where.step}, {where.phase}: {error}")
+        comm.abort(error.exit_code)
+    except Exception as error:
+        if comm.is_lost_contact(error):
+            # Some other rank failed first and says why; this one would only add noise, and is mostly ended before this.
+            time.sleep(2)
+            _tell(f"{rank}, step {where.step}, {where.phase}: lost contact with another rank ({error})")
+        else:
+            traceback.print_exc()
+            _tell(f"{rank}, step {where.step}, {where.phase}: {type(error).__name__}: {error}")
+        comm.abort(1)
+
+
+def _speak_once(command: Callable[[], Any]) -> NoReturn:
+    """Run a command that needs one process; started as several, the others leave it to the first."""
+    from hvdformer.distributed.launcher import detect
+
+    launch = detect(os.environ)
+    if launch is None or launch.rank == 0:
+        _run_local(command)
+    sys.exit(0)
+
+
+def _run_local(command: Callable[[], Any]) -> None:
+    """Run without other ranks: a mistake or failure is told in one message, with its exit code."""
+    try:
+        command()
+    except (UserError, RunError) as error:
+        _tell(str(error))
+        sys.exit(error.exit_code)
+
+
+def _dry_run(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path) -> None:
+    from hvdformer.inspection import dry_run
+
+    click.echo(dry_run(config_path, overrides, run_dir))
+
+
+def _tell(message: str) -> None:
+    click.echo(f"hvdformer: {message}", err=True)

@@ -1,0 +1,106 @@
+"""Which examples a rank reads: a pure function of (seed, position, rank, size), with no state and no I/O.
+
+The order of the examples depends on the seed and the position alone, never on the world size: ranks only share out
+the micro-batches of a step. Each epoch visits every example once, in an order of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+_ROUNDS = 6  # a Feistel network of 4 is already indistinguishable from random (Luby and Rackoff, 1988)
+
+
+def local_micro_batches(num_micro_batches: int, rank: int, size: int) -> range:
+    """The micro-batches of a step that fall to a rank, in one run: 8 over 3 ranks are 3, 3 and 2."""
+    each, more = divmod(num_micro_batches, size)
+    begin = rank * each + min(rank, more)
+    return range(begin, begin + each + (rank < more))
+
+
+def example_ids(position: int, count: int, num_examples: int, seed: int, shuffle: bool = True) -> np.ndarray:
+    """The ids of the examples at global positions [position, position + count), as int64 of shape (count,).
+
+    Position is the number of examples consumed by all ranks since the run began; it runs on through the epochs.
+    """
+    return ids_at(np.arange(position, position + count, dtype=np.int64), num_examples, seed, shuffle)
+
+
+def ids_at(positions: np.ndarray, num_examples: int, seed: int, shuffle: bool = True) -> np.ndarray:
+    """The ids of the examples at any global positions: (N,) int64 to (N,) int64."""
+    epochs, indices = np.divmod(positions, num_examples)
+    if not shuffle:
+        return indices
+    ids = np.empty_like(indices)
+    for epoch in np.unique(epochs):  # one, or two where a step crosses the end of an epoch
+        inside = epochs == epoch
+        ids[inside] = permute(indices[inside], num_examples, seed, int(epoch))
+    return ids
+
+
+def permute(indices: np.ndarray, num_examples: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """Where a pseudo-random permutation of range(num_examples) takes these indices; (N,) int64 to (N,) int64.
+
+    A balanced Feistel network over the next power of four, walked until it lands inside the range (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, so 10^12 examples cost as little as 10^3.
+    """
+    half_bits = np.uint64(max(1, math.ceil(math.log2(max(num_examples, 2)) / 2)))
+    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+    values = indices.astype(np.uint64)
+    outside = np.ones(values.shape, dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half_bits, values[outside] & half_mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & half_mask)
+        values[outside] = (left << half_bits) | right
+        outside = values >= np.uint64(num_examples)
+    return values.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scatter the bits of each uint64: the finaliser of splitmix64 (Steele et al., 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def digest(ids: np.ndarray) -> str:
+    """A short name for the examples of a step, in their order: equal at every world size."""
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
+class Blend:
+    """Several data sets mixed by weight: at every position each has given its share, to within one example.
+
+    The weights become whole shares of a period of positions; within a period, whoever is furthest behind gives the
+    next example. Any position is found by a division and a look into that one period.
+    """
+
+    def __init__(self, weights: list[float], period: int = 4096) -> None:
+        """weights: relative, positive; their shares are rounded to 1/period each."""
+        shares = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
+        counts = np.floor(shares).astype(np.int64)
+        for index in np.argsort(counts - shares, kind="stable")[: period - counts.sum()]:
+            counts[index] += 1
+        if (counts == 0).any():
+            raise ValueError(f"a weight below 1/{period} of the sum would never be read")
+        self.counts = counts
+        self._period = period
+        self._source = np.empty(period, dtype=np.int64)  # data set of each position of a period
+        self._before = np.empty(period, dtype=np.int64)  # examples that it has given before, in this period
+        given = np.zeros(len(counts), dtype=np.int64)
+        for position in range(period):
+            behind = counts * (position + 1) / period - given
+            source = int(behind.argmax())
+            self._source[position], self._before[position] = source, given[source]
+            given[source] += 1
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For global positions (N,): the data set of each, and the position within that data set; (N,) int64 each."""
+        periods, indices = np.divmod(positions, self._period)
+        sources = self._source[indices]
+        return sources, periods * self.counts[sources] + self._before[indices]

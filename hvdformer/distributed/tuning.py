@@ -1,0 +1,108 @@
+"""Settings for Horovod and MPI, chosen for the machine before `hvd.init()`; what the user has set is left alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from hvdformer.distributed.launcher import Launch
+
+# (variable, value, why)
+Choice = tuple[str, str, str]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity mask, cut down by a container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
+    """The settings worth having for this launcher, device and number of cores, each with its reason. Pure.
+
+    cores: cores that the ranks of this node share, as `usable_cores` counts them.
+    """
+    if launch is None:
+        # One process. Gloo needs no rendezvous for itself, while an MPI without its launcher may not even start:
+        # the Open MPI of PyPI ends the process.
+        why = "one process, no launcher: Horovod's own Gloo, so that MPI is not needed"
+        return [
+            ("HOROVOD_CONTROLLER", "gloo", why),
+            ("HOROVOD_CPU_OPERATIONS", "gloo", why),
+            *(
+                (f"HOROVOD_{key}", value, why)
+                for key, value in (
+                    ("RANK", "0"),
+                    ("SIZE", "1"),
+                    ("LOCAL_RANK", "0"),
+                    ("LOCAL_SIZE", "1"),
+                    ("CROSS_RANK", "0"),
+                    ("CROSS_SIZE", "1"),
+                )
+            ),
+        ]
+    choices: list[Choice] = [
+        (
+            "HOROVOD_DISABLE_GROUP_FUSION",
+            "1",
+            "buckets keep their composition, so that the same run gives the same bits",
+        ),
+    ]
+    if on_gpu:
+        return choices
+    busy = launch.local_size is None or launch.local_size >= cores
+    if launch.launcher.startswith("mpirun") or launch.launcher.startswith("srun"):
+        if busy:
+            choices.append(
+                (
+                    "OMPI_MCA_mpi_yield_when_idle",
+                    "1",
+                    f"{launch.local_size or 'all'} ranks on {cores} cores: a rank that waits gives its core to one that computes",
+                )
+            )
+    choices.append(
+        (
+            "HOROVOD_CYCLE_TIME",
+            "20",
+            "ms between two negotiations: on a CPU each takes time from the ranks that compute",
+        )
+    )
+    return choices
+
+
+def apply(environment: MutableMapping[str, str], launch: Launch | None, *, on_gpu: bool) -> tuple[Choice, ...]:
+    """Put the chosen settings into the environment, but for those that are set already. Returns the ones put in."""
+    chosen = [
+        choice for choice in choose(launch, cores=usable_cores(), on_gpu=on_gpu) if choice[0] not in environment
+    ]
+    environment.update((name, value) for name, value, _ in chosen)
+    return tuple(chosen)
+
+
+def threads_per_rank(affinities: list[list[int]], rank: int, quota: int) -> int:
+    """CPU threads for a rank: the cores that it may use, shared with the ranks of the node that may use them too.
+
+    affinities: for each rank of this node, the core numbers it may run on; rank: this one's index in it.
+    quota: cores that a container grants to all of them together.
+    """
+    mine = set(affinities[rank])
+    sharing = sum(1 for other in affinities if mine & set(other))
+    return max(1, min(len(mine), quota) // sharing)
+
+
+def environment_summary(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables in force that steer Horovod and Open MPI; nothing else of the environment is shown or logged."""
+    prefixes = ("HOROVOD_", "OMPI_MCA_", "NCCL_", "OMP_", "MKL_NUM", "GOMP_", "KMP_")
+    hidden = ("KEY", "SECRET", "TOKEN", "PASSWORD")
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(prefixes) and not any(word in name for word in hidden)
+    }

@@ -1,0 +1,96 @@
+"""Validation over all ranks: each takes its share of the sequences, and sums and counts are added up once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdformer import checkpoint, runtime
+from hvdformer.config import Config, check_world_size, config_from_dict
+from hvdformer.data.loader import Sequences, evaluation_batches
+from hvdformer.data.tokenizer import Tokenizer
+from hvdformer.distributed import comm
+from hvdformer.distributed.comm import World
+from hvdformer.models.decoder import Decoder
+from hvdformer.precision import autocast
+from hvdformer.runtime import Runtime
+from hvdformer.tasks import causal_lm
+
+
+@torch.inference_mode()
+def evaluate(
+    model: torch.nn.Module, sequences: Sequences, config: Config, world: World, device: torch.device, max_sequences: int
+) -> dict[str, Any]:
+    """Loss on the first `max_sequences` sequences (0: all). Every rank calls it; every rank gets the result.
+
+    Returns loss in nats per token, bits_per_byte, and the number of sequences and targets they were taken over.
+    """
+    model.eval()
+    loss_sum, num_targets, num_sequences = 0.0, 0, 0
+    batches = evaluation_batches(
+        sequences,
+        micro_batch=config.train.micro_batch,
+        rank=world.rank,
+        size=world.size,
+        max_examples=max_sequences or len(sequences),
+        document_mask=config.data.document_mask,
+        device=device,
+    )
+    for batch in batches:
+        with autocast(device, config.train.precision):
+            loss, count = causal_lm.loss_sum(model, batch)
+        loss_sum += loss.item()
+        num_targets += count
+        num_sequences += len(batch.tokens)
+    model.train()
+    loss_sum, targets, examples = comm.sum_over_ranks([loss_sum, num_targets, num_sequences], "evaluate")
+    loss = loss_sum / targets
+    shards = sequences.shards
+    return {
+        "validation_loss": loss,
+        "bits_per_byte": causal_lm.bits_per_byte(loss, shards.num_tokens, shards.num_bytes),
+        "sequences": int(examples),
+        "targets": int(targets),
+    }
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str], here: Runtime) -> dict[str, Any]:
+    """Validate a stored checkpoint over all ranks, on the whole validation split. Every rank calls it.
+
+    Rank 0 reads the checkpoint and broadcasts it, so that the other hosts need not see the file. `overrides` are
+    key=value settings over those that the checkpoint was trained with.
+    """
+    device, world = here.device, here.world
+
+    def read() -> dict[str, Any]:
+        found = checkpoint.resolve(path)
+        stored = checkpoint.read_state(found)
+        # The device is this machine's, not the one of the training.
+        stored["config"]["train"]["device"] = "auto"
+        return {"path": str(found), "config": stored["config"], "step": stored["step"]}
+
+    found = comm.on_rank_0(read, "read checkpoint")
+    config = comm.on_every_rank(lambda: config_from_dict(found["config"], found["path"], overrides), "config")
+    check_world_size(config, world.size)
+    examples = causal_lm.open_examples(config, world)
+    config = comm.on_every_rank(lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size), "resolve")
+    model = causal_lm.build_model(config).to(device)
+    weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    comm.on_rank_0(lambda: checkpoint.load_tensors(Path(found["path"]), checkpoint.MODEL_FILE, dict(weights)), "load")
+    comm.broadcast_tensors(weights, "weights")
+    result = evaluate(model, examples.validation, config, world, device, max_sequences=0)
+    return {"checkpoint": found["path"], "step": found["step"], **result}
+
+
+def load_model(path: Path) -> tuple[Decoder, Tokenizer, torch.device]:
+    """The model and tokenizer of a checkpoint, ready to generate, on this machine's GPU if it has one."""
+    found = checkpoint.resolve(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = causal_lm.build_model(checkpoint.read_config(found)).to(device)
+    checkpoint.load_tensors(
+        found, checkpoint.MODEL_FILE, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    )
+    return model.eval(), Tokenizer.load(found / checkpoint.TOKENIZER_FILE), device

@@ -1,0 +1,65 @@
+"""Describe what lies on disk (a checkpoint, a run, a shard folder) or what a config would start, in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdformer import checkpoint
+from hvdformer.config import Config, load_config, to_yaml
+from hvdformer.data.shards import open_shards
+from hvdformer.data.tokenizer import Tokenizer
+from hvdformer.errors import UserError
+from hvdformer.metrics import read_metrics
+from hvdformer.models.decoder import estimate_memory, parameter_count
+
+
+def inspect(path: Path, verify: bool) -> dict[str, Any]:
+    """What a checkpoint, run folder or shard folder holds; checkpoints and, with `verify`, shards are checked whole."""
+    if (path / "index.json").is_file():
+        return inspect_shards(path, verify=verify)
+    if verify:
+        raise UserError(f"{path} is no shard folder: --verify is for those. Checkpoints are always checked.")
+    found = checkpoint.resolve(path)
+    state = checkpoint.read_state(found)
+    description = {
+        "checkpoint": str(found),
+        **{key: value for key, value in state.items() if key != "config"},
+        "parameters": sum(math.prod(shape) for shape, _ in checkpoint.tensor_specs(found, checkpoint.MODEL_FILE).values()),
+        "config": state["config"],
+    }
+    if (path / "checkpoints").is_dir():
+        description["checkpoints"] = sorted(entry.name for entry in (path / "checkpoints").glob("step-*"))
+        description["last_metrics"] = next(iter(read_metrics(path)[-1:]), None)
+    return description
+
+
+def dry_run(config_path: Path | None, overrides: Sequence[str], run_dir: Path) -> str:
+    """The resolved config and what it would cost, as text; nothing is written or started."""
+    config = load_config(config_path, overrides)
+    vocab_size = config.model.vocab_size or _vocab_size(config)
+    train = config.train
+    targets = train.global_batch * config.model.context_length
+    precision = "fp32" if train.precision == "auto" else train.precision
+    memory = estimate_memory(
+        config.model, vocab_size, train.micro_batch, precision, activation_checkpointing=train.activation_checkpointing
+    )
+    lines = [
+        to_yaml(config).rstrip(),
+        "---",
+        f"parameters: {parameter_count(config.model, vocab_size):,}",
+        f"steps: {train.steps} of {targets:,} tokens, {train.steps * targets:,} in all",
+        f"micro-batches a step: {train.global_batch // train.micro_batch}, so at most as many ranks",
+        f"memory per rank, estimated for {precision}:",
+        *(f"  {name}: {size / 2**20:,.1f} MiB" for name, size in memory.items()),
+        f"  in all: {sum(memory.values()) / 2**20:,.1f} MiB, besides torch itself",
+        f"run folder: {run_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _vocab_size(config: Config) -> int:
+    path = config.data.mix[0].path if config.data.mix else config.data.path
+    return Tokenizer.byte().vocab_size if path is None else open_shards(Path(path), "train").vocab_size

@@ -1,0 +1,123 @@
+"""A decoder-only Transformer: modern by default, GPT-2 or Llama by settings; plain single-device PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hvdformer.config import ModelConfig
+from hvdformer.models.layers import Block, KeyValueCache, Rotary, ffn_width, make_norm
+
+# B batch, T tokens, S tokens attended to, D model width, V vocabulary
+
+
+class Decoder(nn.Module):
+    """Token ids in, next-token logits out."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.context_length, config.width) if learned else None
+        self.rotary = (
+            None
+            if learned
+            else Rotary(config.width // config.heads, config.context_length, config.rope_theta or 10_000.0)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = make_norm(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
+
+    def forward(
+        self, tokens: torch.Tensor, segments: torch.Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> torch.Tensor:
+        """(B, T) int64 -> logits (B, T, V).
+
+        segments: (B, T) document number of each token; attention then stays within a document.
+        cache: keys and values of the tokens before; it takes up those of this call.
+        """
+        return self.unembed(self.hidden(tokens, segments, cache))
+
+    def hidden(
+        self, tokens: torch.Tensor, segments: torch.Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> torch.Tensor:
+        """The (B, T, D) output of the last block, normalised: what the output layer reads."""
+        T = tokens.shape[1]
+        start = cache.length if cache is not None else 0
+        x = self.embedding(tokens)  # (B, T, D)
+        if self.positions is not None:
+            x = x + self.positions.weight[start : start + T]
+        x = self.dropout(x)
+        mask = _mask(T, start, segments, tokens.device)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, self.rotary, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, self.rotary, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> logits (B, T, V)."""
+        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw the weights as GPT-2 does: normal with deviation 0.02, and 0.02 / sqrt(2 L) where a residual is added."""
+        generator = torch.Generator().manual_seed(seed)
+        residual = 0.02 / (2 * len(self.blocks)) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:  # gain of a normalisation
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, residual if name.endswith("output.weight") else 0.02, generator=generator)
+
+
+def _mask(T: int, start: int, segments: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """(B or 1, 1, T, S), true where a token may look; None where plain causal attention says it all."""
+    if segments is None and start == 0:
+        return None
+    causal = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+    if segments is None:
+        return causal[None, None]
+    return (segments[:, :, None] == segments[:, None, :])[:, None] & causal
+
+
+def parameter_count(config: ModelConfig, vocab_size: int) -> int:
+    """Number of parameters, without allocating any."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(config, vocab_size).parameters())
+
+
+def estimate_memory(
+    config: ModelConfig, vocab_size: int, micro_batch: int, precision: str, activation_checkpointing: bool
+) -> dict[str, int]:
+    """Bytes that a rank needs for training: weights, gradients and AdamW's moments in fp32, and the activations.
+
+    Activations are what a block keeps for backward, counted from its code for one micro-batch, and the logits with
+    their gradient; attention is taken to keep no T x T matrix, as flash and memory-efficient kernels do.
+    """
+    parameters = parameter_count(config, vocab_size)
+    width, hidden = config.width, ffn_width(config)
+    item = 4 if precision == "fp32" else 2
+    kv_width = width // config.heads * (config.kv_heads or config.heads)
+    gates = 4 if config.activation == "swiglu" else 2
+    # norm in, norm out, q k v twice where they are turned, attention out, residual; norm in, out, gates, residual
+    block = 6 * width + 2 * (width + 2 * kv_width) + gates * hidden
+    tokens = micro_batch * config.context_length
+    kept = config.layers * width + block if activation_checkpointing else config.layers * block
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "activations": tokens * kept * item,
+        "logits": tokens * vocab_size * (item + 8),  # as computed, in fp32 for the loss, and their gradient
+    }

@@ -1,0 +1,140 @@
+"""The parts of a Transformer block: normalisation, rotary positions, attention with a cache, feed-forward."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hvdformer.config import ModelConfig
+
+# B batch, T tokens in this call, S tokens attended to (T, and with a cache those before), D model width,
+# H query heads, G key/value heads, K width per head
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """RMSNorm (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450) as in GPT-2."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.width, eps=config.norm_epsilon, bias=config.bias)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (arXiv 2104.09864), with the halves of a head paired as in Llama."""
+
+    def __init__(self, head_width: int, context_length: int, theta: float) -> None:
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)  # (K/2,)
+        angles = torch.outer(torch.arange(context_length, dtype=torch.float32), frequencies)  # (S, K/2)
+        # cos for both halves, and sin with the sign that the first half takes: x * cos + swapped(x) * sin
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
+
+    def forward(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """Turn (B, heads, T, K) by the angles of the positions start .. start + T."""
+        end = start + x.shape[-2]
+        swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)  # (second half, first half)
+        return (x * self.cos[start:end] + swapped * self.sin[start:end]).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens so far, for generation one token at a time. Memory: 2 L B G S K numbers."""
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        kv_heads = config.kv_heads or config.heads
+        shape = (config.layers, batch, kv_heads, config.context_length, config.width // config.heads)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the (B, G, T, K) keys and values of one layer behind the others; give all of them, (B, G, S, K)."""
+        end = self.length + k.shape[-2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with grouped queries (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.head_width = config.width // config.heads
+        self.dropout = config.dropout
+        self.query_key_value = nn.Linear(
+            config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=config.bias
+        )
+        self.output = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None, cache: KeyValueCache | None
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D). mask: (B, 1, T, S), true where a token may look; None: at all before it."""
+        B, T, D = x.shape
+        H, G, K = self.heads, self.kv_heads, self.head_width
+        q, k, v = self.query_key_value(x).split([H * K, G * K, G * K], dim=-1)
+        q = q.view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
+        k = k.view(B, T, G, K).transpose(1, 2)  # (B, G, T, K)
+        v = v.view(B, T, G, K).transpose(1, 2)
+        if rotary is not None:
+            start = cache.length if cache is not None else 0
+            q, k = rotary(q, start), rotary(k, start)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, K)
+        if G != H:
+            k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)  # (B, H, S, K)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.output(y.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202), or two layers with GELU between them as in GPT-2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        hidden = ffn_width(config)
+        gates = 2 if config.activation == "swiglu" else 1
+        self.input = nn.Linear(config.width, gates * hidden, bias=config.bias)  # swiglu: gate, then up
+        self.output = nn.Linear(hidden, config.width, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = self.input(x)
+        if self.activation == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.output(F.silu(gate) * up)
+        return self.output(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+def ffn_width(config: ModelConfig) -> int:
+    """Hidden width of the feed-forward part: as set, or 4 D; for swiglu 8/3 D (equal parameters), in multiples of 64."""
+    if config.ffn_width is not None:
+        return config.ffn_width
+    if config.activation != "swiglu":
+        return 4 * config.width
+    return -(-8 * config.width // 3 // 64) * 64
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None, cache: KeyValueCache | None
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, cache))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

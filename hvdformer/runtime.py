@@ -1,0 +1,83 @@
+"""This rank's part of the machine: its place in the job, its device and its CPU threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hvdformer import precision
+from hvdformer.config import Config
+from hvdformer.distributed import comm, tuning
+from hvdformer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `start` found and chose for this rank."""
+
+    world: comm.World
+    device: torch.device
+    threads: int
+
+
+@dataclass
+class Where:
+    """How far this rank is, for the message if it fails."""
+
+    step: int = 0
+    phase: str = "start"
+
+
+def start(device: str = "auto", threads: int | None = None) -> Runtime:
+    """Join the job and take this rank's device and threads. Every process of the job calls it once, first of all."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch finds no GPU here. Use train.device=cpu, or see `hvdformer doctor`.")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    world = comm.connect(on_gpu=on_gpu)
+    place = {"host": comm.host_name(), "cores": sorted(os.sched_getaffinity(0)), "gpus": torch.cuda.device_count() * on_gpu}
+    places = comm.gather_json(place, "places")
+    if on_gpu and any(sum(p["host"] == q["host"] for q in places) > p["gpus"] for p in places):
+        raise comm.Agreed(
+            f"{world.local_size} ranks on a host with {place['gpus']} GPUs: start one rank per GPU at most, "
+            "or set train.device=cpu",
+            UserError.exit_code,
+        )
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        neighbours = [rank for rank, other in enumerate(places) if other["host"] == place["host"]]
+        threads = tuning.threads_per_rank(
+            [places[rank]["cores"] for rank in neighbours], neighbours.index(world.rank), tuning.usable_cores()
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Runtime(world, torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu"), torch.get_num_threads())
+
+
+def resolve(config: Config, device: torch.device, vocab_size: int) -> Config:
+    """The config with every choice that depended on the machine or the data filled in."""
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < vocab_size:
+        raise UserError(
+            f"model.vocab_size is {wanted} but the data's tokenizer has {vocab_size} ids: "
+            f"raise it to at least {vocab_size}, or leave it out"
+        )
+    train = {"device": device.type, "precision": precision.resolve(config.train.precision, device)}
+    if train["precision"] == "fp16" and device.type != "cuda":
+        raise UserError("train.precision=fp16 needs a GPU and there is none here: use bf16 or fp32")
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"vocab_size": wanted or vocab_size}),
+            "train": config.train.model_copy(update=train),
+        }
+    )
+
+
+def seed_everything(parts: Iterable[int]) -> None:
+    """Set torch's generators from a counter such as (seed, step, micro-batch), so that no generator state is kept.
+
+    SeedSequence mixes the parts, so that neighbouring steps have unrelated streams.
+    """
+    torch.manual_seed(int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0]))

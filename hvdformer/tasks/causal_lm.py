@@ -1,0 +1,114 @@
+"""Causal language modelling: predict the next token of a sequence; the score is bits per byte."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from hvdformer.config import Config
+from hvdformer.data.loader import Batch, Sequences
+from hvdformer.data.shards import open_shards
+from hvdformer.data.standard_library import prepare_standard_library
+from hvdformer.data.tokenizer import Tokenizer
+from hvdformer.distributed import comm
+from hvdformer.distributed.comm import World
+from hvdformer.errors import UserError
+from hvdformer.models.decoder import Decoder
+
+# B batch, T tokens, V vocabulary
+
+IGNORED = -100  # a target that is not counted
+
+
+def build_model(config: Config) -> Decoder:
+    """The model of a resolved config with its initial weights, on the CPU: a function of settings and seed alone."""
+    assert config.model.vocab_size is not None
+    model = Decoder(config.model, config.model.vocab_size)
+    model.initialise(config.train.seed)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    return model
+
+
+def loss_sum(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy in nats over the targets of a micro-batch (a scalar), and the number of targets.
+
+    The token at t + 1 is the target at t. With segments, a document's first token is no target of the one before.
+    """
+    inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]  # (B, T) each
+    if batch.segments is None:
+        logits, count = model(inputs), targets.numel()
+    else:
+        crossing = batch.segments[:, :-1] != batch.segments[:, 1:]
+        targets = targets.masked_fill(crossing, IGNORED)
+        logits, count = model(inputs, segments=batch.segments[:, :-1]), int((~crossing).sum())
+    # (B, T, V): the sum in fp32, also where autocast made the logits bf16
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, count
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+    """Mean loss in nats per token as bits per byte of text, which does not depend on the tokenizer."""
+    return loss / math.log(2) * tokens / text_bytes
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The data of a run, opened for reading by this rank."""
+
+    tokenizer: Tokenizer
+    train: list[Sequences]
+    weights: list[float]  # of the data sets in `train`
+    validation: Sequences
+    fingerprint: str
+
+
+def open_examples(config: Config, world: World) -> Examples:
+    """Open the data that the config names; without any, build the default data once per node. Every rank calls it.
+
+    Raises:
+        Agreed: a data set is missing or damaged on any rank, or the tokenizers of a blend differ.
+    """
+    data = config.data
+    if data.mix:
+        paths, weights = [Path(entry.path) for entry in data.mix], [entry.weight for entry in data.mix]
+    elif data.path is not None:
+        paths, weights = [Path(data.path)], [1.0]
+    else:
+        cache = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache()
+        # One rank of each node builds it while the others wait for the outcome.
+        comm.on_every_rank(lambda: prepare_standard_library(cache) if world.local_rank == 0 else None, "build data")
+        paths, weights = [comm.on_every_rank(lambda: prepare_standard_library(cache), "find data")], [1.0]
+    return comm.on_every_rank(lambda: _open(paths, weights, config), "open data")
+
+
+def default_cache() -> Path:
+    """Where data that hvdformer makes for itself is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdformer"
+
+
+def _open(paths: list[Path], weights: list[float], config: Config) -> Examples:
+    length = config.model.context_length
+    train = [Sequences(open_shards(path, "train"), length) for path in paths]
+    validation = Sequences(open_shards(paths[0], "validation"), length)
+    if len({sequences.shards.tokenizer_fingerprint for sequences in train}) > 1:
+        raise UserError("the data sets of data.mix were prepared with different tokenizers: prepare them with one")
+    for path, sequences in zip([*paths, paths[0]], [*train, validation], strict=True):
+        if not len(sequences):
+            raise UserError(
+                f"{path}: {sequences.shards.num_tokens} tokens are too few for one sequence of "
+                f"model.context_length={length}: lower it, or prepare more text"
+            )
+    fingerprints = [sequences.shards.fingerprint for sequences in train]
+    return Examples(
+        tokenizer=train[0].shards.load_tokenizer(),
+        train=train,
+        weights=weights,
+        validation=validation,
+        fingerprint=fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256("".join(fingerprints).encode()).hexdigest(),
+    )

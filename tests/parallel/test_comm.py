@@ -1,0 +1,63 @@
+"""The collectives that are not a fusion."""
+
+import pytest
+
+from hvdformer.distributed import comm
+from hvdformer.distributed.selftest import run_selftest
+from hvdformer.errors import RunError, UserError
+
+
+def test_every_collective_and_dtype_of_the_selftest(world):
+    import torch
+
+    results = run_selftest(world, torch.device("cpu"))
+    assert set(results.values()) == {"ok"}, results
+    assert len(results) > 8
+
+
+def test_json_travels_from_rank_0_to_all(world):
+    value = {"text": "é" * 1000, "list": [1, 2.5, None], "rank": world.rank}
+    assert comm.broadcast_json(value, "value") == {**value, "rank": 0}
+
+
+def test_json_of_different_lengths_is_gathered_in_rank_order(world):
+    assert comm.gather_json("x" * world.rank, "lengths") == ["x" * rank for rank in range(world.size)]
+
+
+def test_sums_are_exact_in_float64(world):
+    big = 2.0**40 + 1  # would be rounded in fp32
+    assert comm.sum_over_ranks([big, 1], "big") == [big * world.size, world.size]
+
+
+def test_an_error_of_rank_0_reaches_all_ranks(world):
+    def fail():
+        raise RunError("the disk is full")
+
+    with pytest.raises(comm.Agreed, match="the disk is full") as caught:
+        comm.on_rank_0(fail, "fail")
+    assert caught.value.exit_code == 1
+    assert comm.on_rank_0(lambda: world.rank, "works again") == 0
+
+
+def test_an_error_of_one_rank_names_it_on_all(world):
+    last = world.size - 1
+
+    def fail_on_the_last():
+        if world.rank == last:
+            raise UserError("no such file")
+        return world.rank
+
+    with pytest.raises(comm.Agreed) as caught:
+        comm.on_every_rank(fail_on_the_last, "fail on one")
+    expected = "no such file" if world.size == 1 else f"on rank {last}: no such file"
+    assert str(caught.value) == expected
+    assert caught.value.exit_code == 2
+
+
+def test_the_same_error_on_all_ranks_is_told_once(world):
+    def fail():
+        raise UserError("bad setting")
+
+    with pytest.raises(comm.Agreed) as caught:
+        comm.on_every_rank(fail, "fail on all")
+    assert str(caught.value) == "bad setting"
