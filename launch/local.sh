@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Train on the cores or GPUs of this machine:  launch/local.sh [CONFIG.yaml] [key=value ...]
+set -euo pipefail
+
+NP=${NP:-2}                     # ranks: on a GPU host one per GPU; on CPUs a rank uses cores / NP threads
+CONTROLLER=${CONTROLLER:-gloo}  # gloo: ranks that wait sleep, so a busy machine is shared well; or mpi
+
+# No --verbose: it prints every variable of the environment, secrets included.
+exec horovodrun "--$CONTROLLER" -np "$NP" hvdformer train "$@"
