@@ -19,9 +19,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -41,6 +42,25 @@ _FILES = (MODEL_FILE, OPTIMIZER_FILE, TOKENIZER_FILE, STATE_FILE)
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".incomplete-"
 _MAX_JSON_BYTES = 16 * 2**20  # no state.json or manifest.json of ours comes near
+
+
+class StoredState(BaseModel):
+    """What state.json has to hold; the config in it is checked when it is used."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format_version: Literal[1]
+    step: int = Field(ge=0)
+    position: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    train_seconds: float = Field(ge=0)
+    loss_scaler: dict[str, float] | None
+    config: dict[str, Any]
+    world_size: int = Field(ge=1)
+    data_fingerprint: str
+    weights_sha256: str
+    versions: dict[str, str]
+    validation: dict[str, float] | None = None
 
 
 class Damaged(Exception):
@@ -166,19 +186,21 @@ def verify(path: Path) -> None:
             raise Damaged(f"{name} cannot be read ({error.strerror})") from None
         except (TypeError, KeyError):
             raise Damaged(f"{MANIFEST_FILE} has no size and sha256 for {name}") from None
-    state = _read_json(path / STATE_FILE)
-    if state.get("format_version") != FORMAT_VERSION:
-        raise Damaged(f"{STATE_FILE} has format {state.get('format_version')!r}, this version reads {FORMAT_VERSION}")
+    try:
+        StoredState.model_validate(_read_json(path / STATE_FILE))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        raise Damaged(f"{STATE_FILE}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of state.json: counters, config, world size, versions."""
+    """The content of state.json (see StoredState) of a checkpoint that `verify` has passed."""
     return _read_json(path / STATE_FILE)
 
 
 def read_config(path: Path) -> Config:
     """The config that the checkpoint was trained with."""
-    return config_from_dict(read_state(path).get("config", {}), source=str(path / STATE_FILE))
+    return config_from_dict(read_state(path)["config"], source=str(path / STATE_FILE))
 
 
 def tensor_specs(path: Path, file: str) -> dict[str, tuple[list[int], str]]:
@@ -187,7 +209,10 @@ def tensor_specs(path: Path, file: str) -> dict[str, tuple[list[int], str]]:
         specs = {}
         for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
             view = tensors.get_slice(name)
-            specs[name] = (list(view.get_shape()), _DTYPES[view.get_dtype()])
+            dtype = _DTYPES.get(view.get_dtype())
+            if dtype is None:
+                raise UserError(f"{path / file}: {name} has the unknown dtype {view.get_dtype()}")
+            specs[name] = (list(view.get_shape()), dtype)
         return specs
 
 

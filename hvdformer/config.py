@@ -24,9 +24,9 @@ class ModelConfig(Section):
 
     vocab_size: int | None = Field(None, ge=2, description="Number of token ids; null takes the tokenizer's.")
     context_length: int = Field(256, ge=1, description="Tokens a sequence; the longest context.")
-    width: int = Field(256, ge=1, description="Model width (d_model).")
-    layers: int = Field(6, ge=1, description="Number of Transformer blocks.")
-    heads: int = Field(8, ge=1, description="Number of query heads.")
+    width: int = Field(320, ge=1, description="Model width (d_model).")
+    layers: int = Field(4, ge=1, description="Number of Transformer blocks.")
+    heads: int = Field(5, ge=1, description="Number of query heads.")
     kv_heads: int | None = Field(None, ge=1, description="Number of key/value heads; null: as many as heads.")
     ffn_width: int | None = Field(
         None, ge=1, description="Hidden width of the feed-forward part; null: 4 x width, or 8/3 for swiglu."
@@ -87,7 +87,7 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW (arXiv 1711.05101) with a warm-up, a schedule and clipping by the global norm."""
 
-    learning_rate: float = Field(2e-3, gt=0, description="At the peak, after the warm-up.")
+    learning_rate: float = Field(3e-3, gt=0, description="At the peak, after the warm-up.")
     min_learning_rate: float = Field(1e-4, ge=0, description="At the end of the schedule.")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="wsd: warm-up, stable, then a linear decay over the last decay_steps."

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from hvdformer.errors import UserError
+
 
 @dataclass
 class Counters:
@@ -59,11 +61,16 @@ class TrainState:
         """Allocate the optimizer's state for the given {"parameter name/key": (shape, dtype)}, to be filled in place.
 
         The step counts stay on the CPU unless the optimizer is fused, as torch.optim wants it.
+
+        Raises:
+            UserError: a name or shape that does not belong to a parameter of this model.
         """
         parameters = dict(self.model.named_parameters())
         for name, (shape, dtype) in specs.items():
             parameter_name, _, key = name.rpartition("/")
-            parameter = parameters[parameter_name]
+            parameter = parameters.get(parameter_name)
+            if parameter is None or list(shape) not in ([], list(parameter.shape)):
+                raise UserError(f"the optimizer state {name} of shape {shape} belongs to no parameter of this model")
             on_cpu = key == "step" and not self.optimizer.defaults.get("fused")
             device = "cpu" if on_cpu else parameter.device
             self.optimizer.state[parameter][key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)

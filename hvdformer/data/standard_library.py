@@ -16,8 +16,8 @@ from hvdformer.data.shards import INDEX_FILE, write_data_set
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.errors import RunError
 
-# Not part of the library as a reader would see it: what users install, and its own tests.
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
+# What users install, the tests of the library itself, and files that programs wrote: tables of code pages, help texts.
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"}
 _VALIDATION_SHARE = 0.05
 
 

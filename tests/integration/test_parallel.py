@@ -1,0 +1,20 @@
+"""Run tests/parallel inside real ranks, at sizes 2 and 3, over MPI and over Gloo."""
+
+import sys
+
+import pytest
+
+from tests import jobs
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
+@pytest.mark.parametrize("np", [2, 3])
+def test_parallel_suite(launcher, np, tmp_path):
+    pytest_command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(jobs.ROOT / "tests" / "parallel")]
+    job = jobs.Job([*jobs.LAUNCHERS[launcher](np), *pytest_command, "--rootdir", str(jobs.ROOT)], tmp_path)
+    try:
+        code = job.wait(240)
+    finally:
+        job.end()
+    assert code == 0, job.output
+    assert job.output.count(" passed") == np and "skipped" not in job.output, job.output

@@ -1,0 +1,77 @@
+"""The optimizer, its schedule and clipping, compared with torch's own."""
+
+import math
+
+import pytest
+import torch
+
+from hvdformer.config import load_config
+from hvdformer.optim import build_optimizer, clip_by_global_norm, learning_rate
+
+
+def optim(*settings, steps=100):
+    return load_config(None, [f"train.steps={steps}", *(f"optim.{setting}" for setting in settings)]).optim
+
+
+def test_cosine_equals_torchs_own_schedulers():
+    config = optim("learning_rate=1.0", "min_learning_rate=0.1", "warmup_steps=10")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, end_factor=1.0, total_iters=9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=0.1)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[9])
+    for step in range(100):
+        assert learning_rate(config, 100, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        schedule.step()
+
+
+def test_wsd_warms_up_stays_and_decays():
+    config = optim("schedule=wsd", "learning_rate=1.0", "min_learning_rate=0.0", "warmup_steps=10", "decay_steps=20")
+    rates = [learning_rate(config, 100, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10:80] == [1.0] * 70
+    assert rates[80:] == pytest.approx([1 - (step + 1) / 20 for step in range(20)])
+    default = optim("schedule=wsd", "learning_rate=1.0", "warmup_steps=10")
+    assert [learning_rate(default, 100, step) for step in (79, 80)] == [1.0, pytest.approx(1 - (1 - 1e-4) / 20)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_every_schedule_ends_where_it_should_and_never_stands_at_zero(schedule, warmup):
+    config = optim(f"schedule={schedule}", f"warmup_steps={warmup}", steps=7)
+    rates = [learning_rate(config, 7, step) for step in range(7)]
+    assert all(0 < rate <= config.learning_rate and math.isfinite(rate) for rate in rates)
+    if schedule != "constant" and warmup < 7:
+        assert rates[-1] == pytest.approx(config.min_learning_rate)
+
+
+def test_decay_on_matrices_only():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5))
+    optimizer = build_optimizer(model, optim("weight_decay=0.3"), torch.device("cpu"))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 5.0, 1e9])
+def test_clipping_equals_torchs(max_norm):
+    def gradients():
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (7,), (1,))]
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        return parameters
+
+    ours, theirs = gradients(), gradients()
+    norm, expected = clip_by_global_norm(ours, max_norm), torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    assert torch.equal(norm, expected)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_without_clipping_the_norm_is_only_measured():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert float(clip_by_global_norm([parameter], 0)) == 5.0
+    assert parameter.grad.tolist() == [3.0, 4.0]
