@@ -89,7 +89,11 @@ def save(
         temporary.mkdir()
         weights = {name: tensor.cpu().contiguous() for name, tensor in state.weights()}
         optimizer = {name: tensor.cpu().contiguous() for name, tensor in state.optimizer_tensors()}
-        content = {**facts, "format_version": FORMAT_VERSION, "weights_sha256": tensors_sha256(weights.items())}
+        content = {
+            **facts,
+            "format_version": FORMAT_VERSION,
+            "weights_sha256": tensors_sha256(weights.items()),
+        }
         writers: dict[str, Callable[[Path], object]] = {
             MODEL_FILE: lambda path: save_file(weights, path),
             OPTIMIZER_FILE: lambda path: save_file(optimizer, path),
@@ -101,7 +105,10 @@ def save(
         manifest = {}
         for name, write in writers.items():
             write(temporary / name)
-            manifest[name] = {"bytes": (temporary / name).stat().st_size, "sha256": _file_sha256(temporary / name)}
+            manifest[name] = {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": _file_sha256(temporary / name),
+            }
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in (*writers, MANIFEST_FILE):
             _sync(temporary / name)
@@ -129,7 +136,7 @@ def clean(folder: Path) -> None:
 
 def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that is whole, and a line about each newer one that is damaged."""
-    damages = []
+    damages: list[str] = []
     for _, path in _list(folder):
         try:
             verify(path)
@@ -153,7 +160,9 @@ def resolve(path: Path) -> Path:
             raise UserError("no whole checkpoint left:\n  " + "\n  ".join(damages))
         return latest
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint. Give a run folder, or one of the step-... folders in its checkpoints/.")
+        raise UserError(
+            f"{path}: no such checkpoint. Give a run folder, or one of the step-... folders in its checkpoints/."
+        )
     if not (path / MANIFEST_FILE).is_file():
         raise UserError(
             f"{path}: holds no checkpoint. Expected a run folder with checkpoints/step-... in it, or such a step folder."
@@ -230,15 +239,28 @@ def load_tensors(path: Path, file: str, into: dict[str, torch.Tensor]) -> None:
         if name in specs and specs[name][0] != list(into[name].shape)
     ]
     if missing or surplus or reshaped:
-        faults = reshaped + [f"{name} is only here" for name in missing] + [f"{name} is only there" for name in surplus]
+        faults = (
+            reshaped
+            + [f"{name} is only here" for name in missing]
+            + [f"{name} is only there" for name in surplus]
+        )
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
-        raise UserError(f"{path} is a checkpoint of another model: {shown}. Use the config that it was trained with.")
+        raise UserError(
+            f"{path} is a checkpoint of another model: {shown}. Use the config that it was trained with."
+        )
     with _open(path / file) as tensors:
         for name, tensor in into.items():
             tensor.copy_(tensors.get_tensor(name))
 
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+}
 
 
 def _open(path: Path) -> Any:

@@ -34,7 +34,9 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME OF CONFIG]")
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME OF CONFIG]"
+)
 @click.option(
     "--resume",
     default="auto",
@@ -42,7 +44,9 @@ def cli() -> None:
     metavar="auto|never|CHECKPOINT",
     help="Go on from the run folder's newest checkpoint, insist on a new run, or start from a checkpoint.",
 )
-@click.option("--dry-run", is_flag=True, help="Show the resolved config, parameters, memory and steps; start nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the resolved config, parameters, memory and steps; start nothing."
+)
 def train(arguments: tuple[str, ...], run_dir: Path | None, resume: str, dry_run: bool) -> None:
     """Train a model; the same command again goes on where the run stopped.
 
@@ -93,9 +97,19 @@ def evaluate(checkpoint: Path, overrides: tuple[str, ...], as_json: bool) -> Non
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", help="What the text begins with.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest token.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="0: the likeliest token.",
+)
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample from the k likeliest tokens only.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Sample from the likeliest tokens that hold this probability.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Sample from the likeliest tokens that hold this probability.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def generate(
     checkpoint: Path,
@@ -131,7 +145,9 @@ def generate(
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Check every checksum of a shard folder; checkpoints are always checked.")
+@click.option(
+    "--verify", is_flag=True, help="Check every checksum of a shard folder; checkpoints are always checked."
+)
 def inspect(path: Path, verify: bool) -> None:
     """Describe a checkpoint, a run folder or a shard folder as JSON."""
 
@@ -155,8 +171,14 @@ def doctor(as_json: bool) -> None:
 @cli.command("build-horovod")
 @click.option("--gpu", type=click.Choice(["auto", "nccl", "none"]), default="auto", show_default=True)
 @click.option("--mpi", type=click.Choice(["auto", "system", "wheel"]), default="auto", show_default=True)
-@click.option("--jobs", type=click.IntRange(min=1), help="Parallel compilers.  [default: by cores and memory]")
-@click.option("--wheel-dir", type=click.Path(path_type=Path), help="Where built wheels are kept.  [default: ~/.cache/hvdformer/wheels]")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Parallel compilers.  [default: by cores and memory]"
+)
+@click.option(
+    "--wheel-dir",
+    type=click.Path(path_type=Path),
+    help="Where built wheels are kept.  [default: ~/.cache/hvdformer/wheels]",
+)
 @click.option("--force", is_flag=True, help="Build again, also when the same wheel is there.")
 def build_horovod(gpu: str, mpi: str, jobs: int | None, wheel_dir: Path | None, force: bool) -> None:
     """Build Horovod for the torch, MPI and CUDA of this environment, and install it."""
@@ -165,10 +187,9 @@ def build_horovod(gpu: str, mpi: str, jobs: int | None, wheel_dir: Path | None, 
     _run_local(lambda: build(gpu=gpu, mpi=mpi, jobs=jobs, wheel_dir=wheel_dir, force=force))
 
 
-def main() -> NoReturn:
+def main() -> None:
     """The console script."""
-    _run_local(lambda: sys.exit(cli.main(standalone_mode=True)))
-    raise AssertionError("sys.exit returns nothing")
+    cli.main(prog_name="hvdformer")
 
 
 def _split_arguments(arguments: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:

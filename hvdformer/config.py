@@ -35,7 +35,9 @@ class ModelConfig(Section):
     norm_epsilon: float = Field(1e-5, gt=0, description="Added to the variance in the normalisation.")
     positions: Literal["rotary", "learned"] = Field("rotary", description="How positions are encoded.")
     rope_theta: float | None = Field(None, gt=1, description="Base of the rotary angles; null: 10000.")
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = Field("swiglu", description="Feed-forward activation.")
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = Field(
+        "swiglu", description="Feed-forward activation."
+    )
     bias: bool = Field(False, description="Biases in the linear layers and in layernorm.")
     tie_embeddings: bool = Field(True, description="The output layer uses the input embedding's weights.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability in training.")
@@ -67,18 +69,27 @@ class TrainConfig(Section):
     global_batch: int = Field(16, ge=1, description="Sequences a step, over all ranks.")
     micro_batch: int = Field(2, ge=1, description="Sequences in one forward and backward.")
     seed: int = Field(1, ge=0, lt=2**63, description="Seed of weights, data order and dropout.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is a GPU, else cpu.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda if there is a GPU, else cpu."
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Of the forward and backward; weights stay fp32. auto: bf16 where the hardware has it, else fp32.",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: cores / ranks on the node.")
-    activation_checkpointing: bool = Field(False, description="Recompute each block in backward: less memory.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank; null: cores / ranks on the node."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each block in backward: less memory."
+    )
     compile: bool = Field(False, description="torch.compile each block: slow start, faster steps.")
     log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
     evaluate_every: int = Field(200, ge=0, description="Steps between two validations; 0: only at the end.")
     evaluate_sequences: int = Field(
-        512, ge=0, description="Sequences used by a validation during training; 0: all. The last one uses all."
+        512, ge=0, description="Sequences used by a validation during training; 0: all."
+    )
+    final_evaluate_sequences: int = Field(
+        0, ge=0, description="Sequences used by the last validation; 0: all."
     )
     sample_tokens: int = Field(256, ge=0, description="Tokens of sample text at the end; 0: none.")
     sample_prompt: str = Field("def ", description="What the sample text begins with.")
@@ -93,7 +104,9 @@ class OptimConfig(Section):
         "cosine", description="wsd: warm-up, stable, then a linear decay over the last decay_steps."
     )
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up from 0.")
-    decay_steps: int | None = Field(None, ge=1, description="wsd only: length of the decay; null: a fifth of steps.")
+    decay_steps: int | None = Field(
+        None, ge=1, description="wsd only: length of the decay; null: a fifth of steps."
+    )
     weight_decay: float = Field(0.1, ge=0, description="On matrices only; vectors are not decayed.")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -106,7 +119,9 @@ class FusionConfig(Section):
 
     kind: Literal["allreduce"] = Field("allreduce", description="allreduce: sum the gradients of all ranks.")
     wire: Literal["fp32", "fp16"] = Field("fp32", description="Number format of gradients on the network.")
-    bucket_mib: float = Field(8.0, gt=0, description="Gradients are reduced in fixed buckets of about this many MiB.")
+    bucket_mib: float = Field(
+        8.0, gt=0, description="Gradients are reduced in fixed buckets of about this many MiB."
+    )
 
 
 class CheckpointConfig(Section):
@@ -185,7 +200,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file. Give the path of a YAML file, or none for the defaults.") from None
+        raise UserError(
+            f"{path}: no such config file. Give the path of a YAML file, or none for the defaults."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a config file: {error}") from None
     try:
@@ -194,11 +211,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}, column {where.column + 1}" if where else ""
         what = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{path}:{line} does not parse as YAML: {what}. Expected `section:` with `key: value`.") from None
+        raise UserError(
+            f"{path}:{line} does not parse as YAML: {what}. Expected `section:` with `key: value`."
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: found a {type(tree).__name__}, expected sections such as `train:` with `steps: 100`.")
+        raise UserError(
+            f"{path}: found a {type(tree).__name__}, expected sections such as `train:` with `steps: 100`."
+        )
     return tree
 
 

@@ -65,7 +65,9 @@ def _survey(launch: launcher.Launch | None) -> tuple[dict[str, Any], list[str]]:
     try:
         import horovod.torch as hvd
     except Exception as error:  # whatever its extension raises: a missing symbol, another torch, no libmpi
-        problems.append(f"Horovod cannot be loaded: {error}. Build it for this torch with `hvdformer build-horovod --force`")
+        problems.append(
+            f"Horovod cannot be loaded: {error}. Build it for this torch with `hvdformer build-horovod --force`"
+        )
         return report, problems
     report["horovod_built_with"] = {
         name: bool(getattr(hvd, f"{name}_built")()) for name in ("mpi", "gloo", "nccl", "cuda", "rocm")
@@ -132,7 +134,9 @@ def _mpi_flavour() -> str | None:
     if mpirun is None:
         return None
     # Without the variables of a surrounding job: an mpirun that is started inside one may refuse or wait.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PMI_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "PMI_"))
+    }
     try:
         done = subprocess.run(
             [mpirun, "--version"], capture_output=True, text=True, timeout=20, env=environment, check=False
@@ -161,13 +165,15 @@ def _indented(key: str, value: Any, depth: int) -> list[str]:
             kept = value["already_set_to"]
             set_already = f", but you set {kept}, which is kept" if kept not in (None, value["value"]) else ""
             return [f"{pad}{value['variable']}={value['value']}{set_already}: {value['why']}"]
-        return [f"{pad}{key}:"] + [line for name, item in value.items() for line in _indented(name, item, depth + 1)]
+        return [f"{pad}{key}:"] + [
+            line for name, item in value.items() for line in _indented(name, item, depth + 1)
+        ]
     if isinstance(value, list):
-        return [f"{pad}{key}:"] + [line for number, item in enumerate(value) for line in _indented(str(number), item, depth + 1)]
+        return [f"{pad}{key}:"] + [
+            line for number, item in enumerate(value) for line in _indented(str(number), item, depth + 1)
+        ]
     if isinstance(value, bool):
         value = "yes" if value else "no"
     if value is None:
         value = "none"
     return [f"{pad}{key}: {value}"]
-
-

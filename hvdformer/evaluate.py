@@ -22,7 +22,12 @@ from hvdformer.tasks import causal_lm
 
 @torch.inference_mode()
 def evaluate(
-    model: torch.nn.Module, sequences: Sequences, config: Config, world: World, device: torch.device, max_sequences: int
+    model: torch.nn.Module,
+    sequences: Sequences,
+    config: Config,
+    world: World,
+    device: torch.device,
+    max_sequences: int,
 ) -> dict[str, Any]:
     """Loss on the first `max_sequences` sequences (0: all). Every rank calls it; every rank gets the result.
 
@@ -41,8 +46,8 @@ def evaluate(
     )
     for batch in batches:
         with autocast(device, config.train.precision):
-            loss, count = causal_lm.loss_sum(model, batch)
-        loss_sum += loss.item()
+            batch_loss, count = causal_lm.loss_sum(model, batch)
+        loss_sum += batch_loss.item()
         num_targets += count
         num_sequences += len(batch.tokens)
     model.train()
@@ -76,10 +81,14 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], here: Runtime) -> 
     config = comm.on_every_rank(lambda: config_from_dict(found["config"], found["path"], overrides), "config")
     check_world_size(config, world.size)
     examples = causal_lm.open_examples(config, world)
-    config = comm.on_every_rank(lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size), "resolve")
+    config = comm.on_every_rank(
+        lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size), "resolve"
+    )
     model = causal_lm.build_model(config).to(device)
     weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    comm.on_rank_0(lambda: checkpoint.load_tensors(Path(found["path"]), checkpoint.MODEL_FILE, dict(weights)), "load")
+    comm.on_rank_0(
+        lambda: checkpoint.load_tensors(Path(found["path"]), checkpoint.MODEL_FILE, dict(weights)), "load"
+    )
     comm.broadcast_tensors(weights, "weights")
     result = evaluate(model, examples.validation, config, world, device, max_sequences=0)
     return {"checkpoint": found["path"], "step": found["step"], **result}
@@ -91,6 +100,8 @@ def load_model(path: Path) -> tuple[Decoder, Tokenizer, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = causal_lm.build_model(checkpoint.read_config(found)).to(device)
     checkpoint.load_tensors(
-        found, checkpoint.MODEL_FILE, {name: parameter.detach() for name, parameter in model.named_parameters()}
+        found,
+        checkpoint.MODEL_FILE,
+        {name: parameter.detach() for name, parameter in model.named_parameters()},
     )
     return model.eval(), Tokenizer.load(found / checkpoint.TOKENIZER_FILE), device

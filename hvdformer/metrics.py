@@ -21,7 +21,7 @@ class Reporter:
         """Open the files of the run folder; lines of steps after `resumed_step`, which will be done again, go."""
         self._steps = steps
         self._metrics = _open_from(run_dir / METRICS_FILE, resumed_step)
-        self._log = open(run_dir / LOG_FILE, "a", encoding="utf-8")
+        self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
         self._bar: Any = None
         if sys.stderr.isatty():
             from rich import progress

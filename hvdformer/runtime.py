@@ -35,10 +35,16 @@ class Where:
 def start(device: str = "auto", threads: int | None = None) -> Runtime:
     """Join the job and take this rank's device and threads. Every process of the job calls it once, first of all."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but torch finds no GPU here. Use train.device=cpu, or see `hvdformer doctor`.")
+        raise UserError(
+            "train.device is cuda, but torch finds no GPU here. Use train.device=cpu, or see `hvdformer doctor`."
+        )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     world = comm.connect(on_gpu=on_gpu)
-    place = {"host": comm.host_name(), "cores": sorted(os.sched_getaffinity(0)), "gpus": torch.cuda.device_count() * on_gpu}
+    place = {
+        "host": comm.host_name(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "gpus": torch.cuda.device_count() * on_gpu,
+    }
     places = comm.gather_json(place, "places")
     if on_gpu and any(sum(p["host"] == q["host"] for q in places) > p["gpus"] for p in places):
         raise comm.Agreed(
@@ -49,11 +55,17 @@ def start(device: str = "auto", threads: int | None = None) -> Runtime:
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         neighbours = [rank for rank, other in enumerate(places) if other["host"] == place["host"]]
         threads = tuning.threads_per_rank(
-            [places[rank]["cores"] for rank in neighbours], neighbours.index(world.rank), tuning.usable_cores()
+            [places[rank]["cores"] for rank in neighbours],
+            neighbours.index(world.rank),
+            tuning.usable_cores(),
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    return Runtime(world, torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu"), torch.get_num_threads())
+    return Runtime(
+        world,
+        torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu"),
+        torch.get_num_threads(),
+    )
 
 
 def resolve(config: Config, device: torch.device, vocab_size: int) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -70,10 +71,14 @@ class TrainState:
             parameter_name, _, key = name.rpartition("/")
             parameter = parameters.get(parameter_name)
             if parameter is None or list(shape) not in ([], list(parameter.shape)):
-                raise UserError(f"the optimizer state {name} of shape {shape} belongs to no parameter of this model")
+                raise UserError(
+                    f"the optimizer state {name} of shape {shape} belongs to no parameter of this model"
+                )
             on_cpu = key == "step" and not self.optimizer.defaults.get("fused")
             device = "cpu" if on_cpu else parameter.device
-            self.optimizer.state[parameter][key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+            self.optimizer.state[parameter][key] = torch.zeros(
+                shape, dtype=getattr(torch, dtype), device=device
+            )
 
     def to_dict(self) -> dict[str, object]:
         """The part of the state that is not tensors, for JSON."""
@@ -82,10 +87,10 @@ class TrainState:
             "loss_scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
 
-    def load_dict(self, values: dict[str, object]) -> None:
+    def load_dict(self, values: dict[str, Any]) -> None:
         """Take over what `to_dict` gave."""
         fields = asdict(Counters())
-        self.counters = Counters(**{key: values[key] for key in fields})  # type: ignore[arg-type]
+        self.counters = Counters(**{key: values[key] for key in fields})
         if self.scaler is not None and isinstance(values.get("loss_scaler"), dict):
             self.scaler.load_state_dict(values["loss_scaler"])
 
@@ -96,5 +101,5 @@ def tensors_sha256(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

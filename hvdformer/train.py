@@ -16,10 +16,10 @@ from hvdformer import checkpoint, runtime
 from hvdformer.config import Config, check_world_size
 from hvdformer.data.loader import BatchLoader
 from hvdformer.data.partition import digest, local_micro_batches
+from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.distributed import comm
 from hvdformer.distributed.allreduce import AllreduceFusion
 from hvdformer.distributed.comm import World
-from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.errors import RunError, UserError
 from hvdformer.evaluate import evaluate
 from hvdformer.generate import generate
@@ -50,7 +50,9 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
     # 1. Partition the data: every rank opens the same examples; position, rank and size say which are its own.
     where.phase = "data"
     examples = causal_lm.open_examples(config, world)
-    config = comm.on_every_rank(lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size), "resolve")
+    config = comm.on_every_rank(
+        lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size), "resolve"
+    )
     num_micro_batches = config.train.global_batch // config.train.micro_batch
     mine = local_micro_batches(num_micro_batches, world.rank, world.size)
 
@@ -58,7 +60,9 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
     where.phase = "initialise"
     model = causal_lm.build_model(config).to(device)
     if config.train.compile:
-        for block in model.blocks:  # not the whole model: its gradients would all come at once, and nothing overlap
+        for (
+            block
+        ) in model.blocks:  # not the whole model: its gradients would all come at once, and nothing overlap
             block.compile()
     optimizer = build_optimizer(model, config.optim, device)
     fusion = AllreduceFusion(optimizer, model.named_parameters(), config.fusion, backward_passes=len(mine))
@@ -108,7 +112,9 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
             runtime.seed_everything((config.train.seed, counters.step, number))
             with autocast(device, config.train.precision):
                 loss, count = causal_lm.loss_sum(model, batch)
-            scaler.scale(loss / nominal_targets).backward()  # the last one starts the allreduce, bucket by bucket
+            scaler.scale(
+                loss / nominal_targets
+            ).backward()  # the last one starts the allreduce, bucket by bucket
             loss_sum += loss.detach()
             num_targets += count
         totals = comm.sum_over_ranks_async([loss_sum.item(), num_targets, stop.number], "step totals")
@@ -120,7 +126,9 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
         where.phase = "update"
         scaler.unscale_(fusion.optimizer)
         if total_targets != nominal_targets:  # the document mask takes targets away
-            torch._foreach_mul_([p.grad for p in parameters], nominal_targets / total_targets)
+            torch._foreach_mul_(
+                [p.grad for p in parameters if p.grad is not None], nominal_targets / total_targets
+            )
         grad_norm = float(clip_by_global_norm(parameters, config.optim.clip_norm))
         if not scaler.is_enabled() and not math.isfinite(grad_norm):
             raise comm.Agreed(
@@ -147,6 +155,7 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
             run.reporter.step(
                 {
                     "step": counters.step,
+                    "time": time.time(),
                     "position": counters.position,
                     "tokens": counters.tokens,
                     "epoch": counters.position / len(loader),
@@ -159,7 +168,7 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
             )
         if _due(counters.step, config.train.evaluate_every) or is_last:
             where.phase = "evaluation"
-            limit = 0 if is_last else config.train.evaluate_sequences
+            limit = config.train.final_evaluate_sequences if is_last else config.train.evaluate_sequences
             validation = evaluate(model, examples.validation, config, world, device, limit)
             run.validated(counters.step, validation)
         if _due(counters.step, config.checkpoint.every) or is_last or stopped:
@@ -167,7 +176,9 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
             if is_last:
                 # 4. Fuse the results: the final weights are one model, and every rank proves it.
                 _agree_on_weights(state, f"after step {counters.step}")
-            run.save(state, {**facts, "validation": validation}, examples.tokenizer, config.checkpoint.keep_last)
+            run.save(
+                state, {**facts, "validation": validation}, examples.tokenizer, config.checkpoint.keep_last
+            )
 
     loader.close()
     where.phase = "summary"
@@ -191,7 +202,13 @@ class Run:
 
     @classmethod
     def open(
-        cls, path: Path, config: Config, resume: str, model: torch.nn.Module, data_fingerprint: str, world: World
+        cls,
+        path: Path,
+        config: Config,
+        resume: str,
+        model: torch.nn.Module,
+        data_fingerprint: str,
+        world: World,
     ) -> Run:
         """Open the folder on rank 0 and tell every rank where the run starts. Every rank calls it."""
         run = cls()
@@ -273,7 +290,11 @@ class _Interval:
 
 def versions() -> dict[str, str]:
     """The versions that decide what a run computes."""
-    return {"hvdformer": hvdformer.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "hvdformer": hvdformer.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _due(step: int, every: int) -> bool:
@@ -347,12 +368,19 @@ def _difference(theirs: Any, ours: Any) -> str:
 
 
 def _opening(
-    config: Config, run_dir: Path, here: runtime.Runtime, model: torch.nn.Module, examples: Examples, step: int
+    config: Config,
+    run_dir: Path,
+    here: runtime.Runtime,
+    model: torch.nn.Module,
+    examples: Examples,
+    step: int,
 ) -> list[str]:
     """The lines that say what is about to run."""
     world, train = here.world, config.train
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks ({world.local_size} on this host)"
-    chosen = ", ".join(f"{name}={value}" for name, value, _ in world.choices if not name.startswith("HOROVOD_CROSS"))
+    chosen = ", ".join(
+        f"{name}={value}" for name, value, _ in world.choices if not name.startswith("HOROVOD_CROSS")
+    )
     lines = [
         f"hvdformer {hvdformer.__version__}: {ranks}, {here.device.type}, {here.threads} threads a rank, "
         f"{train.precision}, controller {world.controller}, CPU operations {world.operations}",
@@ -372,7 +400,12 @@ def _opening(
 
 
 def _closing(
-    config: Config, run_dir: Path, state: TrainState, validation: dict[str, Any] | None, peaks: list[int], signalled: int
+    config: Config,
+    run_dir: Path,
+    state: TrainState,
+    validation: dict[str, Any] | None,
+    peaks: list[int],
+    signalled: int,
 ) -> list[str]:
     """The closing summary."""
     counters = state.counters
@@ -382,7 +415,9 @@ def _closing(
     ]
     if counters.step < config.train.steps:
         by = f" by {signal.Signals(signalled).name}" if signalled else ""
-        lines.append(f"stopped{by} after step {counters.step} of {config.train.steps}, saved; the same command goes on from there")
+        lines.append(
+            f"stopped{by} after step {counters.step} of {config.train.steps}, saved; the same command goes on from there"
+        )
         return lines
     if validation is not None:
         lines.append(

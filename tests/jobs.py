@@ -77,7 +77,9 @@ class Job:
         """Until the job has printed `text`."""
         end = time.monotonic() + timeout
         while text not in self.output:
-            assert self.process.poll() is None, f"ended with {self.process.returncode} before {text!r}:\n{self.output}"
+            assert self.process.poll() is None, (
+                f"ended with {self.process.returncode} before {text!r}:\n{self.output}"
+            )
             assert time.monotonic() < end, f"no {text!r} within {timeout} s:\n{self.output}"
             time.sleep(0.02)
 
@@ -115,7 +117,9 @@ def command(launcher: str, np: int, *arguments: str) -> list[str]:
     return [*LAUNCHERS[launcher](np), HVDFORMER, *arguments]
 
 
-def run(launcher: str, np: int, *arguments: str, cwd: Path, timeout: float = 240, **extra: str) -> tuple[int, str]:
+def run(
+    launcher: str, np: int, *arguments: str, cwd: Path, timeout: float = 240, **extra: str
+) -> tuple[int, str]:
     """Run to the end; the exit code and what was printed."""
     job = Job(command(launcher, np, *arguments), cwd, **extra)
     try:
@@ -142,7 +146,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics without the timings, which no two runs share."""
-    timings = {"tokens_per_second", "step_seconds", "data_seconds"}
+    timings = {"time", "tokens_per_second", "step_seconds", "data_seconds"}
     return [{key: value for key, value in line.items() if key not in timings} for line in metrics(run_dir)]
 
 

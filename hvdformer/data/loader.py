@@ -21,7 +21,9 @@ class Batch(NamedTuple):
     """One micro-batch: T inputs and, shifted by one, T targets."""
 
     tokens: torch.Tensor  # (B, T + 1) int64
-    segments: torch.Tensor | None  # (B, T + 1) int32, number of the document within the sequence; None: not asked for
+    segments: (
+        torch.Tensor | None
+    )  # (B, T + 1) int32, number of the document within the sequence; None: not asked for
 
 
 class Sequences:
@@ -155,7 +157,9 @@ class BatchLoader:
 
     def _start(self, position: int) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, args=(position, self._stop), daemon=True, name="loader")
+        self._thread = threading.Thread(
+            target=self._read_ahead, args=(position, self._stop), daemon=True, name="loader"
+        )
         self._thread.start()
 
     def _read_ahead(self, position: int, stop: threading.Event) -> None:
@@ -175,17 +179,26 @@ class BatchLoader:
         if self._blend is None:
             batch = self._sources[0].batch(ids, self._document_mask)
         else:
-            parts = [self._sources[source].batch(ids[i : i + 1], self._document_mask) for i, source in enumerate(sources)]
+            parts = [
+                self._sources[source].batch(ids[i : i + 1], self._document_mask)
+                for i, source in enumerate(sources)
+            ]
             segments = [part.segments for part in parts if part.segments is not None]
-            batch = Batch(torch.cat([part.tokens for part in parts]), torch.cat(segments) if segments else None)
+            batch = Batch(
+                torch.cat([part.tokens for part in parts]), torch.cat(segments) if segments else None
+            )
         if self._device.type == "cuda":
-            batch = Batch(batch.tokens.pin_memory(), None if batch.segments is None else batch.segments.pin_memory())
+            batch = Batch(
+                batch.tokens.pin_memory(), None if batch.segments is None else batch.segments.pin_memory()
+            )
         return batch
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Data set and example id of each global position."""
         if self._blend is None:
-            return np.zeros_like(positions), ids_at(positions, len(self._sources[0]), self._seed, self._shuffle)
+            return np.zeros_like(positions), ids_at(
+                positions, len(self._sources[0]), self._seed, self._shuffle
+            )
         sources, within = self._blend.at(positions)
         ids = np.empty_like(within)
         for index, source in enumerate(self._sources):
@@ -194,17 +207,23 @@ class BatchLoader:
         return sources, ids
 
     def _to_device(self, batch: Batch) -> Batch:
-        if self._device.type == "cpu":
-            return batch
-        return Batch(*(None if t is None else t.to(self._device, non_blocking=True) for t in batch))
+        segments = None if batch.segments is None else batch.segments.to(self._device, non_blocking=True)
+        return Batch(batch.tokens.to(self._device, non_blocking=True), segments)
 
 
 def evaluation_batches(
-    sequences: Sequences, *, micro_batch: int, rank: int, size: int, max_examples: int, document_mask: bool, device: torch.device
+    sequences: Sequences,
+    *,
+    micro_batch: int,
+    rank: int,
+    size: int,
+    max_examples: int,
+    document_mask: bool,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """This rank's share of the first `max_examples` sequences, in order; the last micro-batch of all may be smaller."""
     total = min(max_examples, len(sequences))
     for number in local_micro_batches(-(-total // micro_batch), rank, size):
         ids = np.arange(number * micro_batch, min(total, (number + 1) * micro_batch), dtype=np.int64)
-        batch = sequences.batch(ids, document_mask)
-        yield Batch(*(None if t is None else t.to(device) for t in batch))
+        tokens, segments = sequences.batch(ids, document_mask)
+        yield Batch(tokens.to(device), None if segments is None else segments.to(device))

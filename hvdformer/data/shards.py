@@ -1,9 +1,9 @@
 """Shards: a tokenized data set on disk, memory-mapped for reading. docs/data.md has the format as a table of bytes.
 
-    DIR/index.json           splits, shards with their counts and sha256, tokenizer, sources, fingerprint; written last
-    DIR/tokenizer.json
-    DIR/train-00000.bin      header, tokens, document ends
-    DIR/validation-00000.bin
+DIR/index.json           splits, shards with their counts and sha256, tokenizer, sources, fingerprint; written last
+DIR/tokenizer.json
+DIR/train-00000.bin      header, tokens, document ends
+DIR/validation-00000.bin
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from hvdformer.errors import RunError, UserError
 
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MAGIC = b"HVDSHARD"
 # magic, format version, bytes a token, tokens, documents; then tokens, padding to 8 bytes, and per document the
 # position behind its last token
@@ -97,11 +97,11 @@ def write_shard(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype[Any
         with open(temporary, "wb") as file:
             file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, 0, 0))
             for document in documents:
-                file.write(np.ascontiguousarray(document, dtype=dtype))
+                file.write(np.ascontiguousarray(document, dtype=dtype).data)
                 tokens += len(document)
                 ends.append(tokens)
             file.write(b"\0" * (-tokens * dtype.itemsize % 8))
-            file.write(np.asarray(ends, dtype="<u8"))
+            file.write(np.asarray(ends, dtype="<u8").data)
             file.seek(0)
             file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, tokens, len(ends)))
             file.flush()
@@ -148,7 +148,9 @@ def read_index(folder: Path) -> Index:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, fault["loc"])) or "the file"
-        raise UserError(f"{path}: not an index of format {FORMAT_VERSION}: {where}: {fault['msg']}. Prepare the data again.") from None
+        raise UserError(
+            f"{path}: not an index of format {FORMAT_VERSION}: {where}: {fault['msg']}. Prepare the data again."
+        ) from None
     for split in index.splits.values():
         for shard in split.shards:
             if not _SHARD_NAME.fullmatch(shard.file):
@@ -177,12 +179,16 @@ class Shard:
         magic, version, item, tokens, documents = HEADER.unpack(header)
         found = (magic, version, item, tokens, documents)
         expected = (MAGIC, FORMAT_VERSION, dtype.itemsize, entry.tokens, entry.documents)
-        for name, ours, theirs in zip(("magic", "version", "bytes a token", "tokens", "documents"), found, expected, strict=True):
+        for name, ours, theirs in zip(
+            ("magic", "version", "bytes a token", "tokens", "documents"), found, expected, strict=True
+        ):
             if ours != theirs:
                 raise UserError(f"{path}: {name} is {ours!r}, expected {theirs!r}. Prepare the data again.")
         ends_at = HEADER.size + tokens * item + (-tokens * item % 8)
         if length != ends_at + documents * 8:
-            raise UserError(f"{path}: has {length} bytes, expected {ends_at + documents * 8}. Prepare the data again.")
+            raise UserError(
+                f"{path}: has {length} bytes, expected {ends_at + documents * 8}. Prepare the data again."
+            )
         self.tokens: np.ndarray = _map(path, dtype, HEADER.size, tokens)
         self.ends: np.ndarray = _map(path, np.dtype("<u8"), ends_at, documents)
 
@@ -203,7 +209,9 @@ class ShardSet:
         self.folder, self.index = folder, index
         dtype = token_dtype(index.vocab_size)
         self.shards = [Shard(folder / shard.file, shard, dtype) for shard in entry.shards]
-        self.starts = np.cumsum([0, *(shard.entry.tokens for shard in self.shards)])  # token position of each shard
+        self.starts = np.cumsum(
+            [0, *(shard.entry.tokens for shard in self.shards)]
+        )  # token position of each shard
         self.num_tokens = int(self.starts[-1])
         self.num_documents = sum(shard.entry.documents for shard in self.shards)
         self.num_bytes = entry.text_bytes
@@ -225,7 +233,9 @@ class ShardSet:
         """Where documents end within tokens [start, start + count): positions behind their last tokens, from `start`."""
         found = []
         for shard, begin in zip(self.shards, self.starts[:-1], strict=True):
-            low, high = np.searchsorted(shard.ends, [max(0, start - begin) + 0, max(0, start + count - begin)], side="right")
+            low, high = np.searchsorted(
+                shard.ends, [max(0, start - begin) + 0, max(0, start + count - begin)], side="right"
+            )
             found.append(shard.ends[low:high].astype(np.int64) + begin - start)
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
@@ -233,7 +243,9 @@ class ShardSet:
         """The tokenizer that the data was prepared with."""
         tokenizer = Tokenizer.load(self.folder / TOKENIZER_FILE)
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
-            raise UserError(f"{self.folder / TOKENIZER_FILE} is not the tokenizer that the shards were made with: prepare the data again")
+            raise UserError(
+                f"{self.folder / TOKENIZER_FILE} is not the tokenizer that the shards were made with: prepare the data again"
+            )
         return tokenizer
 
     def verify(self) -> None:
@@ -244,7 +256,9 @@ class ShardSet:
         """
         for shard in self.shards:
             if file_sha256(shard.path) != shard.entry.sha256:
-                raise UserError(f"{shard.path}: its sha256 is not the one in {INDEX_FILE}: the file was changed. Prepare the data again.")
+                raise UserError(
+                    f"{shard.path}: its sha256 is not the one in {INDEX_FILE}: the file was changed. Prepare the data again."
+                )
 
 
 def open_shards(folder: Path, split: str = "train") -> ShardSet:
@@ -266,7 +280,10 @@ def file_sha256(path: Path) -> str:
 
 
 def write_data_set(
-    folder: Path, tokenizer: Tokenizer, splits: dict[str, Sequence[tuple[np.ndarray, int]]], sources: Sequence[str]
+    folder: Path,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, Sequence[tuple[np.ndarray, int]]],
+    sources: Sequence[str],
 ) -> None:
     """Write a small data set, one shard a split, from documents in memory: (token ids with their end, bytes of text)."""
     dtype = token_dtype(tokenizer.vocab_size)
@@ -283,7 +300,7 @@ def write_data_set(
         vocab_size=tokenizer.vocab_size,
         tokenizer_sha256=tokenizer.fingerprint,
         end_of_document=tokenizer.end_of_document,
-        splits=entries,  # type: ignore[arg-type]
+        splits=entries,
         sources=tuple(sources),
         fingerprint=fingerprint(entries, tokenizer.fingerprint),
     )

@@ -17,7 +17,17 @@ from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.errors import RunError
 
 # What users install, the tests of the library itself, and files that programs wrote: tables of code pages, help texts.
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"}
+_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "pydoc_data",
+    "encodings",
+}
 _VALIDATION_SHARE = 0.05
 
 
@@ -59,7 +69,12 @@ def prepare_standard_library(cache: Path) -> Path:
         )
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        write_data_set(temporary, tokenizer, splits, sources=[f"the standard library of Python {platform.python_version()}"])
+        write_data_set(
+            temporary,
+            tokenizer,
+            splits,
+            sources=[f"the standard library of Python {platform.python_version()}"],
+        )
         try:
             temporary.rename(folder)
         except OSError:

@@ -117,14 +117,18 @@ class _Library:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{source}: not a tokenizer.json that the tokenizers library reads: {error}") from None
+            raise UserError(
+                f"{source}: not a tokenizer.json that the tokenizers library reads: {error}"
+            ) from None
         # A document that spells a special token gets ordinary tokens for it.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         ids = [token_id for token_id in map(self._tokenizer.token_to_id, _ENDS) if token_id is not None]
         if not ids:
-            raise UserError(f"{source}: declares none of {', '.join(_ENDS)}, one of which has to end each document")
+            raise UserError(
+                f"{source}: declares none of {', '.join(_ENDS)}, one of which has to end each document"
+            )
         self.end_of_document = ids[0]
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -68,8 +68,12 @@ def connect(*, on_gpu: bool = False) -> World:
         ) from error
     try:
         hvd.init()
-    except Exception as error:  # Horovod raises whatever its C++ side met; all of it means that the job can't start.
-        raise RunError(f"Horovod did not start: {error}. `hvdformer doctor` says what it was built with.") from error
+    except (
+        Exception
+    ) as error:  # Horovod raises whatever its C++ side met; all of it means that the job can't start.
+        raise RunError(
+            f"Horovod did not start: {error}. `hvdformer doctor` says what it was built with."
+        ) from error
     if launch is not None and launch.size > 1 and hvd.size() == 1:
         raise UserError(launcher.explain_separate_runs(launch))
     operations = "MPI" if os.environ.get("HOROVOD_CPU_OPERATIONS", "").lower() == "mpi" else "Gloo"
@@ -97,7 +101,7 @@ def disconnect() -> None:
     hvd.shutdown()
 
 
-def abort(exit_code: int) -> None:
+def abort(exit_code: int) -> NoReturn:
     """End this process at once, without waiting for the others: their launcher ends them when it sees this one go."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -141,7 +145,11 @@ def broadcast_json(value: Any, name: str) -> Any:
     """Rank 0's value on every rank; what the others pass is ignored. Anything that JSON can hold."""
     import horovod.torch as hvd
 
-    data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8) if hvd.rank() == 0 else np.empty(0, np.uint8)
+    data = (
+        np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+        if hvd.rank() == 0
+        else np.empty(0, np.uint8)
+    )
     length = hvd.broadcast(torch.tensor([len(data)], dtype=torch.int64), 0, name=f"{name}.length")
     buffer = torch.from_numpy(data.copy()) if hvd.rank() == 0 else torch.empty(int(length), dtype=torch.uint8)
     return json.loads(hvd.broadcast(buffer, 0, name=f"{name}.bytes").numpy().tobytes())

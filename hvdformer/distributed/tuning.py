@@ -57,16 +57,11 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
     ]
     if on_gpu:
         return choices
-    busy = launch.local_size is None or launch.local_size >= cores
-    if launch.launcher.startswith("mpirun") or launch.launcher.startswith("srun"):
-        if busy:
-            choices.append(
-                (
-                    "OMPI_MCA_mpi_yield_when_idle",
-                    "1",
-                    f"{launch.local_size or 'all'} ranks on {cores} cores: a rank that waits gives its core to one that computes",
-                )
-            )
+    crowded = launch.local_size is None or launch.local_size >= cores
+    if crowded and launch.launcher.startswith(("mpirun", "srun")):
+        ranks = f"{launch.local_size or 'all'} ranks on {cores} cores"
+        why = f"{ranks}: a rank that waits gives its core to one that computes"
+        choices.append(("OMPI_MCA_mpi_yield_when_idle", "1", why))
     choices.append(
         (
             "HOROVOD_CYCLE_TIME",
@@ -77,10 +72,14 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
     return choices
 
 
-def apply(environment: MutableMapping[str, str], launch: Launch | None, *, on_gpu: bool) -> tuple[Choice, ...]:
+def apply(
+    environment: MutableMapping[str, str], launch: Launch | None, *, on_gpu: bool
+) -> tuple[Choice, ...]:
     """Put the chosen settings into the environment, but for those that are set already. Returns the ones put in."""
     chosen = [
-        choice for choice in choose(launch, cores=usable_cores(), on_gpu=on_gpu) if choice[0] not in environment
+        choice
+        for choice in choose(launch, cores=usable_cores(), on_gpu=on_gpu)
+        if choice[0] not in environment
     ]
     environment.update((name, value) for name, value, _ in chosen)
     return tuple(chosen)

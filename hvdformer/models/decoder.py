@@ -78,7 +78,9 @@ class Decoder(nn.Module):
             elif parameter.ndim == 1:  # gain of a normalisation
                 parameter.fill_(1)
             else:
-                parameter.normal_(0, residual if name.endswith("output.weight") else 0.02, generator=generator)
+                parameter.normal_(
+                    0, residual if name.endswith("output.weight") else 0.02, generator=generator
+                )
 
 
 def _mask(T: int, start: int, segments: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

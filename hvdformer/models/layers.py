@@ -26,6 +26,8 @@ class Rotary(nn.Module):
         super().__init__()
         frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)  # (K/2,)
         angles = torch.outer(torch.arange(context_length, dtype=torch.float32), frequencies)  # (S, K/2)
+        self.cos: torch.Tensor
+        self.sin: torch.Tensor
         # cos for both halves, and sin with the sign that the first half takes: x * cos + swapped(x) * sin
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1), persistent=False)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
@@ -40,7 +42,9 @@ class Rotary(nn.Module):
 class KeyValueCache:
     """Keys and values of the tokens so far, for generation one token at a time. Memory: 2 L B G S K numbers."""
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         kv_heads = config.kv_heads or config.heads
         shape = (config.layers, batch, kv_heads, config.context_length, config.width // config.heads)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)

@@ -48,7 +48,9 @@ def loss_sum(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         targets = targets.masked_fill(crossing, IGNORED)
         logits, count = model(inputs, segments=batch.segments[:, :-1]), int((~crossing).sum())
     # (B, T, V): the sum in fp32, also where autocast made the logits bf16
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     return loss, count
 
 
@@ -82,7 +84,9 @@ def open_examples(config: Config, world: World) -> Examples:
     else:
         cache = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache()
         # One rank of each node builds it while the others wait for the outcome.
-        comm.on_every_rank(lambda: prepare_standard_library(cache) if world.local_rank == 0 else None, "build data")
+        comm.on_every_rank(
+            lambda: prepare_standard_library(cache) if world.local_rank == 0 else None, "build data"
+        )
         paths, weights = [comm.on_every_rank(lambda: prepare_standard_library(cache), "find data")], [1.0]
     return comm.on_every_rank(lambda: _open(paths, weights, config), "open data")
 
@@ -97,7 +101,9 @@ def _open(paths: list[Path], weights: list[float], config: Config) -> Examples:
     train = [Sequences(open_shards(path, "train"), length) for path in paths]
     validation = Sequences(open_shards(paths[0], "validation"), length)
     if len({sequences.shards.tokenizer_fingerprint for sequences in train}) > 1:
-        raise UserError("the data sets of data.mix were prepared with different tokenizers: prepare them with one")
+        raise UserError(
+            "the data sets of data.mix were prepared with different tokenizers: prepare them with one"
+        )
     for path, sequences in zip([*paths, paths[0]], [*train, validation], strict=True):
         if not len(sequences):
             raise UserError(
@@ -110,5 +116,7 @@ def _open(paths: list[Path], weights: list[float], config: Config) -> Examples:
         train=train,
         weights=weights,
         validation=validation,
-        fingerprint=fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256("".join(fingerprints).encode()).hexdigest(),
+        fingerprint=fingerprints[0]
+        if len(fingerprints) == 1
+        else hashlib.sha256("".join(fingerprints).encode()).hexdigest(),
     )

@@ -14,7 +14,13 @@ def runs(tmp_path_factory):
     """The tiny config, trained under each launcher."""
     folder = tmp_path_factory.mktemp("launchers")
     started = {}
-    for launcher, np in (("plain", 1), ("horovodrun-mpi", 2), ("horovodrun-gloo", 2), ("mpirun", 2), ("mpirun", 3)):
+    for launcher, np in (
+        ("plain", 1),
+        ("horovodrun-mpi", 2),
+        ("horovodrun-gloo", 2),
+        ("mpirun", 2),
+        ("mpirun", 3),
+    ):
         name = f"{launcher}-{np}"
         output = jobs.succeed(launcher, np, "train", TINY, "--run-dir", name, cwd=folder)
         started[name] = (folder / name, output)
@@ -28,19 +34,30 @@ def test_every_launcher_trains_as_many_ranks_as_it_was_asked_for(runs):
 
 
 def test_the_controller_is_the_one_that_was_asked_for(runs):
-    for name, controller in (("plain-1", "Gloo"), ("horovodrun-mpi-2", "MPI"), ("horovodrun-gloo-2", "Gloo"), ("mpirun-3", "MPI")):
+    for name, controller in (
+        ("plain-1", "Gloo"),
+        ("horovodrun-mpi-2", "MPI"),
+        ("horovodrun-gloo-2", "Gloo"),
+        ("mpirun-3", "MPI"),
+    ):
         assert f"controller {controller}" in runs[name][1]
 
 
 def test_every_step_sees_the_same_examples_at_any_world_size(runs):
-    seen = {name: [line["examples"] for line in jobs.metrics(run) if "examples" in line] for name, (run, _) in runs.items()}
+    seen = {
+        name: [line["examples"] for line in jobs.metrics(run) if "examples" in line]
+        for name, (run, _) in runs.items()
+    }
     reference = seen["plain-1"]
     assert len(reference) == 20 and len(set(reference)) == 20
     assert all(examples == reference for examples in seen.values())
 
 
 def test_losses_agree_to_rounding_at_any_world_size(runs):
-    losses = {name: [line["loss"] for line in jobs.metrics(run) if "loss" in line] for name, (run, _) in runs.items()}
+    losses = {
+        name: [line["loss"] for line in jobs.metrics(run) if "loss" in line]
+        for name, (run, _) in runs.items()
+    }
     reference = losses["plain-1"]
     assert reference[-1] < reference[0] - 0.5, "nothing was learnt, so nothing is compared"
     for found in losses.values():
@@ -59,9 +76,16 @@ def test_the_run_folder_and_the_summary_say_what_happened(runs):
     validations = [line for line in jobs.metrics(run) if "validation_loss" in line]
     assert [line["step"] for line in validations] == [10, 20]
     assert description["validation"]["bits_per_byte"] == validations[-1]["bits_per_byte"]
-    assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds"} <= set(
-        jobs.metrics(run)[0]
-    )
+    assert {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "data_seconds",
+    } <= set(jobs.metrics(run)[0])
 
 
 def test_evaluate_gives_the_validation_of_the_end_of_training(runs):
@@ -77,7 +101,9 @@ def test_evaluate_gives_the_validation_of_the_end_of_training(runs):
 def test_generate_continues_the_prompt_and_repeats_itself_with_the_same_seed(runs):
     run, _ = runs["plain-1"]
     command = ("generate", str(run), "--prompt", "import ", "--max-new-tokens", "40", "--top-k", "20")
-    one, again, other = (jobs.succeed("plain", 1, *command, "--seed", seed, cwd=run.parent) for seed in ("1", "1", "2"))
+    one, again, other = (
+        jobs.succeed("plain", 1, *command, "--seed", seed, cwd=run.parent) for seed in ("1", "1", "2")
+    )
     assert one.startswith("import ") and one == again != other
 
 

@@ -10,7 +10,16 @@ from tests import jobs
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
 @pytest.mark.parametrize("np", [2, 3])
 def test_parallel_suite(launcher, np, tmp_path):
-    pytest_command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(jobs.ROOT / "tests" / "parallel")]
+    pytest_command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(jobs.ROOT / "tests" / "parallel"),
+    ]
     job = jobs.Job([*jobs.LAUNCHERS[launcher](np), *pytest_command, "--rootdir", str(jobs.ROOT)], tmp_path)
     try:
         code = job.wait(240)

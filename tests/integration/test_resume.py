@@ -83,7 +83,9 @@ def test_the_second_signal_ends_at_once(tmp_path):
     job = jobs.Job(jobs.command("plain", 1, *COMMAND, "train.steps=100000", "--run-dir", "run"), tmp_path)
     try:
         job.wait_for("step 3/")
-        job.process.send_signal(signal.SIGSTOP)  # so that the first cannot be served before the second is there
+        job.process.send_signal(
+            signal.SIGSTOP
+        )  # so that the first cannot be served before the second is there
         job.process.send_signal(signal.SIGTERM)
         job.process.send_signal(signal.SIGINT)
         job.process.send_signal(signal.SIGCONT)
@@ -95,7 +97,10 @@ def test_the_second_signal_ends_at_once(tmp_path):
 def test_another_world_size_goes_on_with_exactly_the_next_examples(undisturbed, tmp_path):
     reference = undisturbed("mpirun", 2)
     shutil.copytree(reference, tmp_path / "run")
-    for name in ("step-00000060", "step-00000055"):  # keep_last is 2: now the newest is gone, then a cut one is left
+    for name in (
+        "step-00000060",
+        "step-00000055",
+    ):  # keep_last is 2: now the newest is gone, then a cut one is left
         if name == "step-00000060":
             shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
     output = jobs.succeed("mpirun", 3, *COMMAND, "--run-dir", "run", cwd=tmp_path)
@@ -103,7 +108,10 @@ def test_another_world_size_goes_on_with_exactly_the_next_examples(undisturbed, 
     ours = [(line["step"], line["examples"]) for line in jobs.metrics(tmp_path / "run") if "examples" in line]
     theirs = [(line["step"], line["examples"]) for line in jobs.metrics(reference) if "examples" in line]
     assert ours == theirs
-    losses = [[line["loss"] for line in jobs.metrics(run) if "loss" in line] for run in (tmp_path / "run", reference)]
+    losses = [
+        [line["loss"] for line in jobs.metrics(run) if "loss" in line]
+        for run in (tmp_path / "run", reference)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -131,7 +139,17 @@ def test_a_complete_run_says_so_and_changes_nothing(undisturbed, tmp_path):
 def test_a_new_run_may_begin_at_a_checkpoint_of_another(undisturbed, tmp_path):
     reference = undisturbed("plain", 1)
     output = jobs.succeed(
-        "plain", 1, *COMMAND, f"train.steps={STEPS + 5}", "--run-dir", "longer", "--resume", str(reference), cwd=tmp_path
+        "plain",
+        1,
+        *COMMAND,
+        f"train.steps={STEPS + 5}",
+        "--run-dir",
+        "longer",
+        "--resume",
+        str(reference),
+        cwd=tmp_path,
     )
     assert f"going on from step {STEPS}" in output
-    assert json.loads((tmp_path / "longer" / "metrics.jsonl").read_text().splitlines()[0])["step"] == STEPS + 1
+    assert (
+        json.loads((tmp_path / "longer" / "metrics.jsonl").read_text().splitlines()[0])["step"] == STEPS + 1
+    )

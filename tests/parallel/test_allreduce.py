@@ -46,7 +46,9 @@ def train_alone(steps, clip_norm):
 def train_together(world, steps, clip_norm, **settings):
     model = make_model()
     mine = local_micro_batches(NUM_MICRO_BATCHES, world.rank, world.size)
-    fusion = AllreduceFusion(optimizer_of(model), model.named_parameters(), FusionConfig(**settings), len(mine))
+    fusion = AllreduceFusion(
+        optimizer_of(model), model.named_parameters(), FusionConfig(**settings), len(mine)
+    )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     norms = []
     for step in range(steps):
@@ -60,9 +62,9 @@ def train_together(world, steps, clip_norm, **settings):
 
 @pytest.mark.parametrize("bucket_mib", [0.0005, 8.0], ids=["many buckets", "one bucket"])
 def test_steps_equal_those_of_one_process(world, bucket_mib):
-    alone, norms_alone = train_alone(5, clip_norm=0.5)
-    together, norms = train_together(world, 5, clip_norm=0.5, bucket_mib=bucket_mib)
-    assert min(norms_alone) > 0.5, "the clipping would not be tested"
+    alone, norms_alone = train_alone(5, clip_norm=0.3)
+    together, norms = train_together(world, 5, clip_norm=0.3, bucket_mib=bucket_mib)
+    assert min(norms_alone) > 0.3, "the clipping would not be tested"
     # fp32 sums of 8 terms in another order: a few units in the last place, magnified by Adam's division.
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(norms_alone), rtol=1e-5, atol=0)
     for ours, reference in zip(together.parameters(), alone.parameters(), strict=True):
@@ -70,14 +72,14 @@ def test_steps_equal_those_of_one_process(world, bucket_mib):
 
 
 def test_all_ranks_hold_the_same_bits(world):
-    model, _ = train_together(world, 5, clip_norm=0.5)
+    model, _ = train_together(world, 5, clip_norm=0.3)
     bits = [parameter.detach().view(torch.int32).tolist() for parameter in model.parameters()]
     assert all(other == bits for other in comm.gather_json(bits, "bits"))
 
 
 def test_two_runs_give_the_same_bits(world):
-    first, _ = train_together(world, 5, clip_norm=0.5, bucket_mib=0.0005)
-    second, _ = train_together(world, 5, clip_norm=0.5, bucket_mib=0.0005)
+    first, _ = train_together(world, 5, clip_norm=0.3, bucket_mib=0.0005)
+    second, _ = train_together(world, 5, clip_norm=0.3, bucket_mib=0.0005)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -110,7 +110,9 @@ def test_another_model_is_refused_by_name_and_shape(tmp_path):
     with pytest.raises(UserError, match=r"0.weight is \[3, 4\] there and \[3, 6\] here"):
         checkpoint.load_tensors(path, checkpoint.MODEL_FILE, dict(make_state(width=6).weights()))
     with pytest.raises(UserError, match="surplus is only here"):
-        checkpoint.load_tensors(path, checkpoint.MODEL_FILE, dict(make_state().weights()) | {"surplus": torch.zeros(1)})
+        checkpoint.load_tensors(
+            path, checkpoint.MODEL_FILE, dict(make_state().weights()) | {"surplus": torch.zeros(1)}
+        )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,12 @@ def test_a_path_without_a_checkpoint_says_what_is_expected(tmp_path, make, says)
 
 def test_a_run_folder_and_a_step_folder_both_name_a_checkpoint(tmp_path):
     path = save(tmp_path / "checkpoints", make_state())
-    assert checkpoint.resolve(tmp_path) == checkpoint.resolve(path) == checkpoint.resolve(tmp_path / "checkpoints") == path
+    assert (
+        checkpoint.resolve(tmp_path)
+        == checkpoint.resolve(path)
+        == checkpoint.resolve(tmp_path / "checkpoints")
+        == path
+    )
 
 
 def test_leftovers_of_an_interrupted_save_are_never_found_and_are_cleaned(tmp_path):
@@ -159,7 +166,9 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
     chance = random.Random(5)
     program = _SAVER.format(root=str(jobs.ROOT), folder=str(tmp_path))
     for attempt in range(10):
-        saver = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=jobs.environment())
+        saver = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, env=jobs.environment()
+        )
         assert saver.stdout.readline() == b"ready\n"
         time.sleep(chance.uniform(0.03, 0.15))
         saver.kill()
@@ -175,7 +184,12 @@ def small_disk(tmp_path):
     """A real file system of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=False).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=False
+        ).returncode
+    ):
         pytest.skip("mounting a small tmpfs needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -211,7 +225,10 @@ def test_a_forged_state_is_damage(tmp_path, change, says):
     content = json.loads((path / "state.json").read_text()) | change
     (path / "state.json").write_text(json.dumps(content))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["state.json"] = {"bytes": (path / "state.json").stat().st_size, "sha256": checkpoint._file_sha256(path / "state.json")}
+    manifest["state.json"] = {
+        "bytes": (path / "state.json").stat().st_size,
+        "sha256": checkpoint._file_sha256(path / "state.json"),
+    }
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=f"no whole checkpoint left(.|\n)*state.json: {says}"):
         checkpoint.resolve(tmp_path)

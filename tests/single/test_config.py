@@ -33,7 +33,10 @@ def test_the_resolved_config_reads_back_equal(tmp_path):
 
 def test_all_faults_are_reported_at_once_with_their_key_paths():
     with pytest.raises(UserError) as caught:
-        load_config(None, ["train.stesp=3", "optim.learning_rate=fast", "model.heads=0", "oops", "train.learning_rate=1"])
+        load_config(
+            None,
+            ["train.stesp=3", "optim.learning_rate=fast", "model.heads=0", "oops", "train.learning_rate=1"],
+        )
     message = str(caught.value)
     assert "5 faults" in message
     assert "train.stesp: no such setting; did you mean train.steps?" in message

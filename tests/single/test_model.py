@@ -41,7 +41,9 @@ def copy(target, source):
 
 def test_equals_gpt2_of_transformers():
     ours = make(*GPT2, "norm_epsilon=1e-5")
-    config = GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=48, n_layer=3, n_head=4, layer_norm_epsilon=1e-5)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=32, n_embd=48, n_layer=3, n_head=4, layer_norm_epsilon=1e-5
+    )
     reference = GPT2LMHeadModel(config).eval()
     copy(reference.transformer.wte.weight, ours.embedding.weight)
     copy(reference.transformer.wpe.weight, ours.positions.weight)
@@ -66,7 +68,13 @@ def test_equals_gpt2_of_transformers():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("tie", ["true", "false"])
 def test_equals_llama_of_transformers(kv_heads, tie):
-    ours = make(f"kv_heads={kv_heads}", f"tie_embeddings={tie}", "ffn_width=80", "rope_theta=5000", "norm_epsilon=1e-6")
+    ours = make(
+        f"kv_heads={kv_heads}",
+        f"tie_embeddings={tie}",
+        "ffn_width=80",
+        "rope_theta=5000",
+        "norm_epsilon=1e-6",
+    )
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=kv_heads, max_position_embeddings=32, rms_norm_eps=1e-6, tie_word_embeddings=tie == "true",
@@ -80,7 +88,11 @@ def test_equals_llama_of_transformers(kv_heads, tie):
         copy(theirs.input_layernorm.weight, block.attention_norm.weight)
         copy(theirs.post_attention_layernorm.weight, block.feed_forward_norm.weight)
         q, k, v = block.attention.query_key_value.weight.split([48, 12 * kv_heads, 12 * kv_heads])
-        for projection, weight in zip((theirs.self_attn.q_proj, theirs.self_attn.k_proj, theirs.self_attn.v_proj), (q, k, v), strict=True):
+        for projection, weight in zip(
+            (theirs.self_attn.q_proj, theirs.self_attn.k_proj, theirs.self_attn.v_proj),
+            (q, k, v),
+            strict=True,
+        ):
             copy(projection.weight, weight)
         copy(theirs.self_attn.o_proj.weight, block.attention.output.weight)
         gate, up = block.feed_forward.input.weight.chunk(2)
@@ -107,7 +119,9 @@ def test_the_document_mask_makes_a_document_blind_to_its_neighbours():
     packed = tokens(1, 30)
     segments = torch.tensor([[0] * 13 + [1] * 17], dtype=torch.int32)
     # fp32 rounding: the angles of positions 13 .. 29 instead of 0 .. 16
-    torch.testing.assert_close(model(packed, segments=segments)[:, 13:], model(packed[:, 13:]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(packed, segments=segments)[:, 13:], model(packed[:, 13:]), rtol=1e-4, atol=1e-4
+    )
     assert not torch.allclose(model(packed)[:, 13:], model(packed[:, 13:]), atol=1e-2)
 
 
@@ -184,7 +198,9 @@ def test_the_memory_estimate_is_near_what_torch_keeps(checkpointing):
     found = sum(size for pointer, size in storages.items() if pointer not in held)
     estimate = estimate_memory(config, 512, 4, "fp32", checkpointing)
     assert estimate["weights"] == 4 * sum(p.numel() for p in model.parameters())
-    expected = estimate["activations"] + estimate["logits"] / 3  # the logits' copy and gradient come later, or not in fp32
+    expected = (
+        estimate["activations"] + estimate["logits"] / 3
+    )  # the logits' copy and gradient come later, or not in fp32
     if not checkpointing:  # with it, autograd's hooks see the inputs of the blocks only
         assert found == pytest.approx(expected, rel=0.3)
     else:

@@ -26,13 +26,18 @@ def test_cosine_equals_torchs_own_schedulers():
 
 
 def test_wsd_warms_up_stays_and_decays():
-    config = optim("schedule=wsd", "learning_rate=1.0", "min_learning_rate=0.0", "warmup_steps=10", "decay_steps=20")
+    config = optim(
+        "schedule=wsd", "learning_rate=1.0", "min_learning_rate=0.0", "warmup_steps=10", "decay_steps=20"
+    )
     rates = [learning_rate(config, 100, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10:80] == [1.0] * 70
     assert rates[80:] == pytest.approx([1 - (step + 1) / 20 for step in range(20)])
     default = optim("schedule=wsd", "learning_rate=1.0", "warmup_steps=10")
-    assert [learning_rate(default, 100, step) for step in (79, 80)] == [1.0, pytest.approx(1 - (1 - 1e-4) / 20)]
+    assert [learning_rate(default, 100, step) for step in (79, 80)] == [
+        1.0,
+        pytest.approx(1 - (1 - 1e-4) / 20),
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])

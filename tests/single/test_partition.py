@@ -11,7 +11,9 @@ from hvdformer.data.partition import Blend, digest, example_ids, ids_at, local_m
 @given(num_examples=st.integers(1, 5000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
 @settings(max_examples=60, deadline=None)
 def test_a_permutation_takes_every_index_exactly_once(num_examples, seed, epoch):
-    assert np.array_equal(np.sort(permute(np.arange(num_examples), num_examples, seed, epoch)), np.arange(num_examples))
+    assert np.array_equal(
+        np.sort(permute(np.arange(num_examples), num_examples, seed, epoch)), np.arange(num_examples)
+    )
 
 
 def test_a_permutation_of_10_to_the_12_is_computed_at_a_point():
@@ -26,7 +28,9 @@ def test_a_permutation_mixes_well():
     ids = permute(np.arange(n), n, seed=3)
     assert abs(np.abs(np.diff(ids)).mean() / (n / 3) - 1) < 0.03
     assert abs(np.corrcoef(np.arange(n), ids)[0, 1]) < 0.03
-    assert (permute(np.arange(n), n, seed=4) == ids).sum() < 10  # another seed: one chance coincidence expected
+    assert (
+        permute(np.arange(n), n, seed=4) == ids
+    ).sum() < 10  # another seed: one chance coincidence expected
 
 
 @given(
@@ -85,7 +89,9 @@ def test_a_blend_is_within_one_example_of_its_shares_at_every_position(weights):
     for index, count in enumerate(blend.counts):
         given_so_far = np.cumsum(sources == index)
         assert np.abs(given_so_far - (positions + 1) * count / 4096).max() <= 1
-        assert np.array_equal(within[sources == index], np.arange((sources == index).sum()))  # none skipped or twice
+        assert np.array_equal(
+            within[sources == index], np.arange((sources == index).sum())
+        )  # none skipped or twice
     assert np.abs(blend.counts / 4096 - np.array(weights) / sum(weights)).max() <= 1 / 4096
 
 

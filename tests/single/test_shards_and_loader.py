@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from hvdformer.data.loader import BatchLoader, Sequences, evaluation_batches
 from hvdformer.data.partition import example_ids
-from hvdformer.data.shards import Index, ShardSet, SplitEntry, fingerprint, open_shards, read_index, token_dtype, write_index, write_shard
+from hvdformer.data.shards import (
+    Index,
+    ShardSet,
+    SplitEntry,
+    fingerprint,
+    open_shards,
+    read_index,
+    token_dtype,
+    write_index,
+    write_shard,
+)
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.errors import RunError, UserError
 
@@ -47,7 +57,9 @@ def make(folder, shards, vocab_size=257):
 @pytest.fixture
 def numbered(tmp_path):
     """1,000 tokens 0 .. 999 in three shards and documents of uneven lengths."""
-    return make(tmp_path / "set", [[range(0, 100), range(100, 333)], [range(333, 340)], [range(340, 1000)]], 1000)
+    return make(
+        tmp_path / "set", [[range(100), range(100, 333)], [range(333, 340)], [range(340, 1000)]], 1000
+    )
 
 
 def test_tokens_come_back_as_they_were_written(numbered):
@@ -71,7 +83,9 @@ def test_sequences_cover_every_target_once_across_shards(numbered, length):
 
 def test_segments_number_the_documents_of_a_sequence(numbered):
     sequences = Sequences(open_shards(numbered), 50)
-    assert sequences.segments(np.array([1]))[0].tolist() == [0] * 50 + [1]  # tokens 50 .. 100: 100 begins the next
+    assert sequences.segments(np.array([1]))[0].tolist() == [0] * 50 + [
+        1
+    ]  # tokens 50 .. 100: 100 begins the next
     assert sequences.segments(np.array([6]))[0].tolist() == [0] * 33 + [1] * 7 + [2] * 11  # tokens 300 .. 350
 
 
@@ -116,7 +130,13 @@ def test_evaluation_reads_each_sequence_once_at_any_size(numbered):
                 batch.tokens[:, 0]
                 for rank in range(size)
                 for batch in evaluation_batches(
-                    sequences, micro_batch=4, rank=rank, size=size, max_examples=limit, document_mask=False, device=CPU
+                    sequences,
+                    micro_batch=4,
+                    rank=rank,
+                    size=size,
+                    max_examples=limit,
+                    document_mask=False,
+                    device=CPU,
                 )
             ]
             assert torch.cat(rows).tolist() == [10 * i for i in range(expected)]
