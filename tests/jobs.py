@@ -64,7 +64,8 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """The processes that run hvdformer itself, not their launchers."""
         found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        started = psutil.Process(self.process.pid)
+        for child in [started, *started.children(recursive=True)]:
             try:
                 command = child.cmdline()
             except psutil.Error:
