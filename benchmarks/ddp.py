@@ -49,8 +49,9 @@ def main(overrides: list[str]) -> None:
     )
     model = causal_lm.build_model(config)
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = build_optimizer(model, config.optim, device)
     parameters = list(model.parameters())
+    matrices, vectors = ([p for p in parameters if (p.ndim >= 2) == decays] for decays in (True, False))
+    optimizer = build_optimizer(matrices, vectors, config.optim, device)
     targets = train.global_batch * config.model.context_length
     times = []
     for step in range(train.steps):

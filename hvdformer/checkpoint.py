@@ -87,8 +87,9 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        weights = {name: tensor.cpu().contiguous() for name, tensor in state.weights()}
-        optimizer = {name: tensor.cpu().contiguous() for name, tensor in state.optimizer_tensors()}
+        # Copies: safetensors takes no views of one memory, and the tensors of a bucket are.
+        weights = {name: tensor.cpu().clone() for name, tensor in state.weights()}
+        optimizer = {name: tensor.cpu().clone() for name, tensor in state.optimizer_tensors()}
         content = {
             **facts,
             "format_version": FORMAT_VERSION,

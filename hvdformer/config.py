@@ -120,7 +120,7 @@ class FusionConfig(Section):
     kind: Literal["allreduce"] = Field("allreduce", description="allreduce: sum the gradients of all ranks.")
     wire: Literal["fp32", "fp16"] = Field("fp32", description="Number format of gradients on the network.")
     bucket_mib: float = Field(
-        8.0, gt=0, description="Gradients are reduced in fixed buckets of about this many MiB."
+        2.0, gt=0, description="Gradients are reduced in fixed buckets of about this many MiB."
     )
 
 

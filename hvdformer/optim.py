@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from hvdformer.config import OptimConfig
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101), fused, with weight decay on matrices only, as GPT-3 and Llama were trained."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    matrices: Sequence[torch.nn.Parameter],
+    vectors: Sequence[torch.nn.Parameter],
+    config: OptimConfig,
+    device: torch.device,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101), fused, with weight decay on the matrices only, as GPT-3 and Llama were trained."""
     return torch.optim.AdamW(
-        groups,
+        [
+            {"params": list(matrices), "weight_decay": config.weight_decay},
+            {"params": list(vectors), "weight_decay": 0.0},
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

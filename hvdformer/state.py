@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from hvdformer.distributed.buckets import Bucket
 from hvdformer.errors import UserError
 
 
@@ -33,10 +34,13 @@ class TrainState:
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
+        buckets: Sequence[Bucket],
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        """optimizer: of the buckets' flat parameters, in which the model's parameters lie."""
         self.model = model
         self.optimizer = optimizer
+        self.buckets = buckets
         self.scaler = scaler
         self.counters = Counters()
 
@@ -46,10 +50,15 @@ class TrainState:
             yield name, parameter.detach()
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """("parameter name/key", tensor) of the optimizer's state: moments and step counts. Empty before step 1."""
-        for name, parameter in self.model.named_parameters():
-            for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
-                yield f"{name}/{key}", value
+        """("parameter name/key", tensor) of the optimizer's state: moments and step counts. Empty before step 1.
+
+        Moments are views of those of the buckets, so how the parameters were bucketed does not show.
+        """
+        for bucket in self.buckets:
+            for key, value in sorted(self.optimizer.state.get(bucket.flat, {}).items()):
+                views = bucket.views(value) if value.ndim else dict.fromkeys(bucket.names, value)
+                for name, view in views.items():
+                    yield f"{name}/{key}", view
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the state, prefixed by its kind: what resume has to bring to all ranks."""
@@ -61,24 +70,28 @@ class TrainState:
     def make_optimizer_tensors(self, specs: dict[str, tuple[list[int], str]]) -> None:
         """Allocate the optimizer's state for the given {"parameter name/key": (shape, dtype)}, to be filled in place.
 
-        The step counts stay on the CPU unless the optimizer is fused, as torch.optim wants it.
-
         Raises:
-            UserError: a name or shape that does not belong to a parameter of this model.
+            UserError: the state is not that of these parameters.
         """
-        parameters = dict(self.model.named_parameters())
-        for name, (shape, dtype) in specs.items():
-            parameter_name, _, key = name.rpartition("/")
-            parameter = parameters.get(parameter_name)
-            if parameter is None or list(shape) not in ([], list(parameter.shape)):
+        shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        for name, (shape, _) in specs.items():
+            if list(shape) not in ([], shapes.get(name.rpartition("/")[0])):
                 raise UserError(
                     f"the optimizer state {name} of shape {shape} belongs to no parameter of this model"
                 )
-            on_cpu = key == "step" and not self.optimizer.defaults.get("fused")
-            device = "cpu" if on_cpu else parameter.device
-            self.optimizer.state[parameter][key] = torch.zeros(
-                shape, dtype=getattr(torch, dtype), device=device
-            )
+        for bucket in self.buckets:
+            prefix = f"{bucket.names[0]}/"
+            for name, (shape, dtype) in specs.items():
+                if name.startswith(prefix):
+                    self.optimizer.state[bucket.flat][name.removeprefix(prefix)] = torch.zeros(
+                        bucket.flat.shape if shape else (),
+                        dtype=getattr(torch, dtype),
+                        device=self._device_of(shape, bucket),
+                    )
+
+    def _device_of(self, shape: list[int], bucket: Bucket) -> torch.device:
+        """A step count stays on the CPU unless the optimizer is fused, as torch.optim wants it."""
+        return bucket.flat.device if shape or self.optimizer.defaults.get("fused") else torch.device("cpu")
 
     def to_dict(self) -> dict[str, object]:
         """The part of the state that is not tensors, for JSON."""

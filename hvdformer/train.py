@@ -19,6 +19,7 @@ from hvdformer.data.partition import digest, local_micro_batches
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.distributed import comm
 from hvdformer.distributed.allreduce import AllreduceFusion
+from hvdformer.distributed.buckets import flatten
 from hvdformer.distributed.comm import World
 from hvdformer.errors import RunError, UserError
 from hvdformer.evaluate import evaluate
@@ -64,10 +65,12 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
             block
         ) in model.blocks:  # not the whole model: its gradients would all come at once, and nothing overlap
             block.compile()
-    optimizer = build_optimizer(model, config.optim, device)
-    fusion = AllreduceFusion(optimizer, model.named_parameters(), config.fusion, backward_passes=len(mine))
+    buckets = flatten(model.named_parameters(), config.fusion.bucket_mib)
+    matrices, vectors = ([b.flat for b in buckets if b.decays == decays] for decays in (True, False))
+    optimizer = build_optimizer(matrices, vectors, config.optim, device)
+    fusion = AllreduceFusion(optimizer, buckets, config.fusion, backward_passes=len(mine))
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    state = TrainState(model, fusion.optimizer, scaler)
+    state = TrainState(model, fusion.optimizer, buckets, scaler)
     facts = {
         "config": config.model_dump(mode="json"),
         "world_size": world.size,
@@ -95,7 +98,7 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
 
     # 3. Train on each rank.
     nominal_targets = config.train.global_batch * config.model.context_length
-    parameters = list(model.parameters())
+    parameters = [*matrices, *vectors]
     since_log = _Interval()
     validation: dict[str, Any] | None = run.validation
     stopped = 0
@@ -120,8 +123,10 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
         totals = comm.sum_over_ranks_async([loss_sum.item(), num_targets, stop.number], "step totals")
 
         where.phase = "fusion"
+        computed = time.perf_counter()
         fusion.reduce()
         total_loss, total_targets, stopped = comm.wait(totals).tolist()
+        fusion_seconds = time.perf_counter() - computed  # what backward did not hide
 
         where.phase = "update"
         scaler.unscale_(fusion.optimizer)
@@ -148,7 +153,7 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
         counters.tokens += int(total_targets)
         seconds = time.perf_counter() - began
         counters.train_seconds += seconds
-        since_log.add(int(total_targets), seconds, loader.wait_seconds)
+        since_log.add(int(total_targets), seconds, loader.wait_seconds, fusion_seconds)
 
         is_last = counters.step == config.train.steps
         if run.reporter and (_due(counters.step, config.train.log_every) or is_last):
@@ -269,13 +274,14 @@ class _Interval:
 
     def __init__(self) -> None:
         self._steps = self._tokens = 0
-        self._seconds = self._data_seconds = 0.0
+        self._seconds = self._data_seconds = self._fusion_seconds = 0.0
 
-    def add(self, tokens: int, seconds: float, data_seconds: float) -> None:
+    def add(self, tokens: int, seconds: float, data_seconds: float, fusion_seconds: float) -> None:
         self._steps += 1
         self._tokens += tokens
         self._seconds += seconds
         self._data_seconds += data_seconds
+        self._fusion_seconds += fusion_seconds
 
     def take(self) -> dict[str, float]:
         """The means for metrics.jsonl; counting starts anew."""
@@ -283,6 +289,7 @@ class _Interval:
             "tokens_per_second": self._tokens / self._seconds,
             "step_seconds": self._seconds / self._steps,
             "data_seconds": self._data_seconds / self._steps,
+            "fusion_seconds": self._fusion_seconds / self._steps,
         }
         self.__init__()  # type: ignore[misc]
         return metrics

@@ -147,7 +147,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics without the timings, which no two runs share."""
-    timings = {"time", "tokens_per_second", "step_seconds", "data_seconds"}
+    timings = {"time", "tokens_per_second", "step_seconds", "data_seconds", "fusion_seconds"}
     return [{key: value for key, value in line.items() if key not in timings} for line in metrics(run_dir)]
 
 

@@ -50,9 +50,9 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
         ]
     choices: list[Choice] = [
         (
-            "HOROVOD_DISABLE_GROUP_FUSION",
-            "1",
-            "buckets keep their composition, so that the same run gives the same bits",
+            "HOROVOD_FUSION_THRESHOLD",
+            "0",
+            "the buckets are ours: they keep their composition, so that the same run gives the same bits, and no copies",
         ),
     ]
     if on_gpu:
@@ -65,7 +65,7 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
     choices.append(
         (
             "HOROVOD_CYCLE_TIME",
-            "20",
+            "10",
             "ms between two negotiations: on a CPU each takes time from the ranks that compute",
         )
     )

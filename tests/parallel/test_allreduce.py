@@ -6,7 +6,8 @@ import torch
 from hvdformer.config import FusionConfig
 from hvdformer.data.partition import local_micro_batches
 from hvdformer.distributed import comm
-from hvdformer.distributed.allreduce import AllreduceFusion, fixed_buckets
+from hvdformer.distributed.allreduce import AllreduceFusion
+from hvdformer.distributed.buckets import flatten
 
 NUM_MICRO_BATCHES = 8  # over 3 ranks: 3, 3, 2
 
@@ -26,14 +27,10 @@ def loss_sum(model, step, number):
     return ((model(inputs) - targets) ** 2).sum()
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-
 def train_alone(steps, clip_norm):
     """Plain torch, one process, the whole batch in one backward."""
     model = make_model()
-    optimizer = optimizer_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     norms = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -46,16 +43,16 @@ def train_alone(steps, clip_norm):
 def train_together(world, steps, clip_norm, **settings):
     model = make_model()
     mine = local_micro_batches(NUM_MICRO_BATCHES, world.rank, world.size)
-    fusion = AllreduceFusion(
-        optimizer_of(model), model.named_parameters(), FusionConfig(**settings), len(mine)
-    )
+    buckets = flatten(model.named_parameters(), settings.pop("bucket_mib", 2.0))
+    flats = [bucket.flat for bucket in buckets]
+    fusion = AllreduceFusion(torch.optim.AdamW(flats, lr=1e-2), buckets, FusionConfig(**settings), len(mine))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     norms = []
     for step in range(steps):
         for number in mine:
             (loss_sum(model, step, number) / 32).backward()
         fusion.reduce()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(flats, clip_norm)))
         fusion.update(scaler)
     return model, norms
 
@@ -92,7 +89,19 @@ def test_fp16_on_the_wire_is_near_fp32(world):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
-def test_buckets_depend_on_shapes_alone_and_hold_every_parameter_once():
-    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (10, 100_000, 10, 20, 300_000)]
-    buckets = fixed_buckets(parameters, bucket_mib=1.0)
-    assert [[p.numel() for p in bucket] for bucket in buckets] == [[300_000], [20, 10, 100_000, 10]]
+def test_each_bucket_is_reduced_once_a_step_and_before_synchronize(world, monkeypatch):
+    """Started by the last gradient, so that it runs beside backward; alone, nothing is reduced."""
+    started = []
+    original = AllreduceFusion._filled
+    monkeypatch.setattr(
+        AllreduceFusion,
+        "_filled",
+        lambda self, number: (original(self, number), started.append(self._missing[number])),
+    )
+    train_together(world, 2, clip_norm=1e9, bucket_mib=0.0005)
+    mine = len(local_micro_batches(NUM_MICRO_BATCHES, world.rank, world.size))
+    parameters, steps = 4, 2
+    assert len(started) == (0 if world.size == 1 else mine * parameters * steps)
+    assert started.count(0) == (
+        0 if world.size == 1 else steps * 3
+    )  # two matrices, and the two vectors together

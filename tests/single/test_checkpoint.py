@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from hvdformer import checkpoint
 from hvdformer.config import Config
 from hvdformer.data.tokenizer import Tokenizer
+from hvdformer.distributed.buckets import flatten
 from hvdformer.errors import RunError, UserError
 from hvdformer.state import TrainState, tensors_sha256
 from tests import jobs
@@ -26,10 +27,11 @@ FACTS = {"config": Config().model_dump(mode="json"), "world_size": 1, "data_fing
 def make_state(steps=2, fused=True, width=4):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, 3), torch.nn.Linear(3, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-    state = TrainState(model, optimizer)
+    buckets = flatten(model.named_parameters(), bucket_mib=2.0)
+    optimizer = torch.optim.AdamW([bucket.flat for bucket in buckets], lr=0.1, fused=fused)
+    state = TrainState(model, optimizer, buckets)
     for _ in range(steps):
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         model(torch.randn(5, width)).sum().backward()
         optimizer.step()
         state.counters.step += 1
@@ -58,7 +60,7 @@ def test_the_whole_state_comes_back_and_goes_on_the_same(tmp_path, fused):
     assert tensors_sha256(other.tensors()) == tensors_sha256(state.tensors())
     for each in (state, other):
         torch.manual_seed(9)
-        each.optimizer.zero_grad()
+        each.optimizer.zero_grad(set_to_none=False)
         each.model(torch.randn(5, 4)).sum().backward()
         each.optimizer.step()
     assert tensors_sha256(other.tensors()) == tensors_sha256(state.tensors())

@@ -58,19 +58,15 @@ def test_one_process_needs_no_mpi():
 def test_buckets_are_fixed_under_every_launcher():
     for launcher in ("horovodrun (Gloo)", "mpirun (Open MPI)", "srun (Slurm)"):
         for on_gpu in (True, False):
-            assert (
-                names(choose(Launch(launcher, 0, 2, 0, 2), cores=2, on_gpu=on_gpu))[
-                    "HOROVOD_DISABLE_GROUP_FUSION"
-                ]
-                == "1"
-            )
+            chosen = names(choose(Launch(launcher, 0, 2, 0, 2), cores=2, on_gpu=on_gpu))
+            assert chosen["HOROVOD_FUSION_THRESHOLD"] == "0"
 
 
 def test_what_the_user_has_set_is_left_alone():
     environment = {"HOROVOD_CYCLE_TIME": "7", "OTHER": "x"}
     chosen = apply(environment, Launch("mpirun (Open MPI)", 0, 2, 0, 2), on_gpu=False)
     assert environment["HOROVOD_CYCLE_TIME"] == "7" and environment["OTHER"] == "x"
-    assert "HOROVOD_CYCLE_TIME" not in names(chosen) and "HOROVOD_DISABLE_GROUP_FUSION" in names(chosen)
+    assert "HOROVOD_CYCLE_TIME" not in names(chosen) and "HOROVOD_FUSION_THRESHOLD" in names(chosen)
 
 
 @pytest.mark.parametrize(
