@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hvdformer import checkpoint, runtime
-from hvdformer.config import Config, check_world_size, config_from_dict
+from hvdformer.config import Config, config_from_dict
 from hvdformer.data.loader import Sequences, evaluation_batches
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.distributed import comm
@@ -79,7 +79,6 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], here: Runtime) -> 
 
     found = comm.on_rank_0(read, "read checkpoint")
     config = comm.on_every_rank(lambda: config_from_dict(found["config"], found["path"], overrides), "config")
-    check_world_size(config, world.size)
     examples = causal_lm.open_examples(config, world)
     config = comm.on_every_rank(
         lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size), "resolve"

@@ -46,7 +46,7 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
     world, device = here.world, here.device
     stop = StopRequest()
     stop.install()
-    check_world_size(config, world.size)
+    comm.on_every_rank(lambda: check_world_size(config, world.size), "world size")
 
     # 1. Partition the data: every rank opens the same examples; position, rank and size say which are its own.
     where.phase = "data"

@@ -18,6 +18,7 @@ def test_parallel_suite(launcher, np, tmp_path):
         "-q",
         "-p",
         "no:cacheprovider",
+        "--color=no",
         str(jobs.ROOT / "tests" / "parallel"),
     ]
     job = jobs.Job([*jobs.LAUNCHERS[launcher](np), *pytest_command, "--rootdir", str(jobs.ROOT)], tmp_path)

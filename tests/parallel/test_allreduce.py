@@ -93,11 +93,12 @@ def test_each_bucket_is_reduced_once_a_step_and_before_synchronize(world, monkey
     """Started by the last gradient, so that it runs beside backward; alone, nothing is reduced."""
     started = []
     original = AllreduceFusion._filled
-    monkeypatch.setattr(
-        AllreduceFusion,
-        "_filled",
-        lambda self, number: (original(self, number), started.append(self._missing[number])),
-    )
+
+    def watched(self, number):
+        original(self, number)
+        started.append(self._missing[number])
+
+    monkeypatch.setattr(AllreduceFusion, "_filled", watched)
     train_together(world, 2, clip_norm=1e9, bucket_mib=0.0005)
     mine = len(local_micro_batches(NUM_MICRO_BATCHES, world.rank, world.size))
     parameters, steps = 4, 2
