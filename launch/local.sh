@@ -2,7 +2,8 @@
 # Train on the cores or GPUs of this machine:  launch/local.sh [CONFIG.yaml] [key=value ...]
 set -euo pipefail
 
-NP=${NP:-2}                     # ranks: on a GPU host one per GPU; on CPUs a rank uses cores / NP threads
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true
+NP=${NP:-$(( gpus > 0 ? gpus : 2 ))}  # ranks: one per GPU; on CPUs a rank uses cores / NP threads
 CONTROLLER=${CONTROLLER:-gloo}  # gloo: ranks that wait sleep, so a busy machine is shared well; or mpi
 
 # No --verbose: it prints every variable of the environment, secrets included.

@@ -13,6 +13,8 @@ flags=(
 )
 [[ -n $HOSTS ]] && flags+=(--host "$HOSTS")
 [[ -n ${LD_LIBRARY_PATH:-} ]] && flags+=(-x LD_LIBRARY_PATH)
+# Settings of Horovod and NCCL in this shell hold for the ranks on the other hosts too.
+for name in "${!HOROVOD_@}" "${!NCCL_@}"; do flags+=(-x "$name"); done
 # More ranks than cores is refused by default; on a laptop, or for a test, it is meant.
 [[ -z $HOSTS ]] && (( NP > $(nproc) )) && flags+=(--oversubscribe)
 # Inside a container one is root, and mpirun wants to hear that this is meant.
