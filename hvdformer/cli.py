@@ -70,6 +70,93 @@ def train(arguments: tuple[str, ...], run_dir: Path | None, resume: str, dry_run
 
 
 @cli.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the data set to make.")
+@click.option(
+    "--tokenizer",
+    default="byte",
+    show_default=True,
+    metavar="byte|bpe:SIZE|FILE",
+    help="Bytes, a BPE trained on a sample of the input, or a tokenizer.json.",
+)
+@click.option(
+    "--text-key",
+    default="text",
+    show_default=True,
+    help="Key of JSON lines, column of Parquet, that holds the text.",
+)
+@click.option(
+    "--errors",
+    type=click.Choice(["strict", "replace", "skip"]),
+    default="strict",
+    show_default=True,
+    help="What to do with text that is not UTF-8; skip also leaves out broken JSON lines.",
+)
+@click.option("--dedup", is_flag=True, help="Keep only the first of documents with the same text.")
+@click.option(
+    "--validation-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="Share of documents, by hash, for validation.",
+)
+@click.option(
+    "--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents.  [default: order of the input]"
+)
+@click.option(
+    "--shard-tokens",
+    type=click.IntRange(min=1),
+    default=2**27,
+    show_default=True,
+    help="Tokens a shard, about.",
+)
+def prepare(
+    inputs: tuple[str, ...],
+    out: Path,
+    tokenizer: str,
+    text_key: str,
+    errors: Any,
+    dedup: bool,
+    validation_fraction: float,
+    shuffle_seed: int | None,
+    shard_tokens: int,
+) -> None:
+    """Turn text into a data set: files, folders and globs of text, .jsonl or .parquet, plain or .gz, .bz2, .xz or .zst.
+
+    One file, line or row is one document. Start it on all cores with `mpirun -np N hvdformer prepare ...`; the result is
+    the same to the bit for every N, and the same command again goes on where an interrupted one was.
+    """
+    from hvdformer.distributed.launcher import detect
+
+    launch = detect(os.environ)
+
+    def work() -> None:
+        from hvdformer.data.prepare import Options, Ranks
+        from hvdformer.data.prepare import prepare as run_prepare
+
+        comm = None
+        if launch is not None and launch.size > 1:
+            if "MPI" not in launch.launcher and not launch.launcher.startswith("srun"):
+                raise UserError(
+                    f"prepare runs over MPI, not under {launch.launcher}: start it with mpirun -np {launch.size}"
+                )
+            os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+            from mpi4py import MPI
+
+            comm = MPI.COMM_WORLD
+            if comm.Get_size() != launch.size:
+                raise UserError(
+                    f"{launch.launcher} started {launch.size} processes, but mpi4py sees {comm.Get_size()}: use the mpirun of the "
+                    "MPI that mpi4py loads (`hvdformer doctor`)"
+                )
+        options = Options(tokenizer, text_key, errors, dedup, validation_fraction, shuffle_seed, shard_tokens)
+        run_prepare(inputs, out, options, Ranks(comm), lambda line: click.echo(line))
+
+    # Every error is the same on all ranks: the first one tells it.
+    _run_local(work, speaks=launch is None or launch.rank == 0)
+
+
+@cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -256,12 +343,13 @@ def _speak_once(command: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def _run_local(command: Callable[[], Any]) -> None:
-    """Run without other ranks: a mistake or failure is told in one message, with its exit code."""
+def _run_local(command: Callable[[], Any], speaks: bool = True) -> None:
+    """Run without Horovod: a mistake or failure is told in one message, with its exit code."""
     try:
         command()
     except (UserError, RunError) as error:
-        _tell(str(error))
+        if speaks:
+            _tell(str(error))
         sys.exit(error.exit_code)
 
 

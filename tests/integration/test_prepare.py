@@ -1,0 +1,276 @@
+"""`hvdformer prepare`: every kind of input, the same bytes at any number of ranks, and every way to fail."""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import random
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from hvdformer.data.shards import open_shards
+from tests import jobs
+
+WORDS = ["the", "of", "and", "transformer", "horovod", "gradient", "rank", "über", "naïve", "数据", "step", "<|endoftext|>"]
+
+
+def text_of(seed, words):
+    chance = random.Random(seed)
+    return " ".join(chance.choice(WORDS) + ("\n" if chance.random() < 0.1 else "") for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Documents in every format, one jsonl of 9 MB so that it is cut into ranges, and what they are in order."""
+    import pyarrow
+    import zstandard
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("inputs") / "in"
+    folder.mkdir()
+    expected = {}
+
+    def add(name, *texts):
+        expected[name] = list(texts)
+
+    big = [text_of(seed, 60) for seed in range(20_000)]
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(big))
+    )
+    add("a.jsonl", *big)
+    for suffix, compress in (
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.compress),
+    ):
+        text = text_of(suffix, 3000)
+        (folder / f"b.txt{suffix}").write_bytes(compress(text.encode()))
+        add(f"b.txt{suffix}", text)
+        rows = [text_of(suffix + str(n), 50) for n in range(20)]
+        lines = "\n".join(
+            json.dumps({"text": row}, ensure_ascii=False) for row in rows
+        )  # no newline at the end
+        (folder / f"c.jsonl{suffix}").write_bytes(compress(lines.encode()))
+        add(f"c.jsonl{suffix}", *rows)
+    rows = [text_of(f"row {n}", 80) for n in range(300)]
+    parquet.write_table(
+        pyarrow.table({"text": rows, "n": list(range(300))}), folder / "d.parquet", row_group_size=100
+    )
+    add("d.parquet", *rows)
+    (folder / "e").mkdir()
+    for n in range(5):
+        (folder / "e" / f"{n}.md").write_text(text_of(n, 500))
+        add(f"e/{n}.md", text_of(n, 500))
+    (folder / "f.txt").write_text("")  # an empty document is no document
+    (folder / "ignored.bin").write_bytes(b"\xff\xfe")
+    return folder, [text for name in sorted(expected) for text in expected[name]]
+
+
+def hashes(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def documents_of(folder, split="train"):
+    shards = open_shards(folder, split)
+    tokenizer = shards.load_tokenizer()
+    found = []
+    for shard in shards.shards:
+        begin = 0
+        for end in shard.ends.astype(int).tolist():
+            ids = shard.tokens[begin:end].tolist()
+            assert ids[-1] == tokenizer.end_of_document and tokenizer.end_of_document not in ids[:-1]
+            found.append(tokenizer.decode(ids[:-1]))
+            begin = end
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--validation-fraction", "0"),
+        (
+            "--tokenizer",
+            "bpe:400",
+            "--validation-fraction",
+            "0.1",
+            "--shard-tokens",
+            "300000",
+            "--dedup",
+            "--shuffle-seed",
+            "1",
+        ),
+    ],
+    ids=["bytes", "bpe"],
+)
+def test_the_same_bytes_at_1_2_and_3_ranks(inputs, options, tmp_path):
+    folder, expected = inputs
+    results = []
+    for np_, launcher in ((1, "plain"), (2, "mpirun"), (3, "mpirun")):
+        out = tmp_path / f"out{np_}"
+        jobs.succeed(launcher, np_, "prepare", "in", "--out", str(out), *options, cwd=folder.parent)
+        results.append(hashes(out))
+    assert results[0] == results[1] == results[2]
+    if options[0] == "--validation-fraction":
+        assert documents_of(tmp_path / "out2") == expected
+    else:
+        train, validation = documents_of(tmp_path / "out2"), documents_of(tmp_path / "out2", "validation")
+        assert sorted(train + validation) == sorted(set(expected))
+        assert 0.07 < len(validation) / len(expected) < 0.13
+        assert len(results[0]) >= 6, "one shard only"
+        assert not {*train} & {*validation}
+
+
+def test_standard_input(tmp_path):
+    command = jobs.command("plain", 1, "prepare", "-", "--out", "out", "--validation-fraction", "0")
+    subprocess.run(command, input=b"from a pipe", cwd=tmp_path, env=jobs.environment(), check=True)
+    assert documents_of(tmp_path / "out") == ["from a pipe"]
+
+
+def test_killed_at_any_moment_nothing_is_accepted_and_the_next_attempt_goes_on(inputs, tmp_path):
+    folder, _ = inputs
+    command = ("prepare", str(folder), "--out", "out", "--tokenizer", "bpe:300")
+    jobs.succeed("plain", 1, "prepare", str(folder), "--out", "whole", "--tokenizer", "bpe:300", cwd=tmp_path)
+    chance = random.Random(1)
+    for _ in range(4):
+        job = jobs.Job(jobs.command("mpirun", 2, *command), tmp_path)
+        try:
+            time.sleep(chance.uniform(0.8, 2.5))
+            job.kill_ranks()
+            job.wait(20)
+        finally:
+            job.end()
+        if (tmp_path / "out" / "index.json").exists():
+            break
+        code, output = jobs.run("plain", 1, "train", "data.path=out", cwd=tmp_path)
+        assert code == 2 and "no complete data set" in output
+    else:
+        jobs.succeed("mpirun", 2, *command, cwd=tmp_path)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_what_is_complete_is_not_done_again(inputs, tmp_path):
+    """An attempt that fails on the last file leaves the parts of the others, and the next one takes them."""
+    folder = tmp_path / "in"
+    shutil.copytree(inputs[0], folder)
+    (folder / "z.jsonl").write_text("{broken\n")
+    made = []
+    for _ in range(2):
+        code, output = jobs.run("plain", 1, "prepare", "in", "--out", "out", cwd=tmp_path)
+        assert code == 2 and "z.jsonl, line 1: does not parse as JSON" in output
+        parts = (tmp_path / "out" / ".parts").glob("*.json")
+        made.append({part.name: part.with_suffix(".tokens").stat().st_mtime_ns for part in parts})
+    assert len(made[0]) > 8 and made[0] == made[1]
+    (folder / "z.jsonl").write_text('{"text": "mended"}\n')
+    jobs.succeed("plain", 1, "prepare", "in", "--out", "out", "--validation-fraction", "0", cwd=tmp_path)
+    assert documents_of(tmp_path / "out") == [*inputs[1], "mended"]
+
+
+@pytest.mark.parametrize(
+    "name,content,says",
+    [
+        ("a.txt", b"fine \xff\xfe", "a.txt: not UTF-8 at byte 5"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: does not parse as JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', "a.jsonl, line 3: has no key 'text', only ['body']"),
+        ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: has a int under 'text'"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, line 1: is a JSON list"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not UTF-8"),
+        (
+            "a.txt.gz",
+            gzip.compress(os.urandom(5000).hex().encode())[:-2000],
+            "a.txt.gz: cannot be decompressed",
+        ),
+        ("a.txt.xz", b"not xz at all", "a.txt.xz: cannot be decompressed"),
+        ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as Parquet"),
+        ("a.txt", b"", "the input holds no text"),
+    ],
+)
+@pytest.mark.parametrize("launcher,np_", [("plain", 1), ("mpirun", 2)])
+def test_bad_input_is_told_once_and_leaves_nothing_that_passes_for_whole(
+    name, content, says, launcher, np_, tmp_path
+):
+    if launcher == "mpirun" and name not in ("a.txt.gz", "a.jsonl"):
+        pytest.skip("one process tells these the same way")
+    (tmp_path / name).write_bytes(content)
+    code, output = jobs.run(launcher, np_, "prepare", name, "--out", "out", cwd=tmp_path, timeout=60)
+    assert code == 2 and says in output and output.count("hvdformer: ") == 1 and "Traceback" not in output, (
+        output
+    )
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_no_input_and_an_output_that_is_there(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    assert "no such input" in jobs.run("plain", 1, "prepare", "missing*", "--out", "out", cwd=tmp_path)[1]
+    jobs.succeed("plain", 1, "prepare", "a.txt", "--out", "out", cwd=tmp_path)
+    code, output = jobs.run("plain", 1, "prepare", "a.txt", "--out", "out", cwd=tmp_path)
+    assert code == 2 and "is a data set already" in output
+
+
+def test_errors_replace_and_skip(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good \xff bad")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one"}\n{broken\n{"text": "\\ud800x"}\n{"text": "two"}\n')
+    options = ("--validation-fraction", "0")
+    output = jobs.succeed(
+        "plain", 1, "prepare", "a.txt", "b.jsonl", "--out", "skip", "--errors", "skip", *options, cwd=tmp_path
+    )
+    assert documents_of(tmp_path / "skip") == ["one", "two"] and "skipped 3 documents" in output
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\\ud800x"}\n')
+    jobs.succeed(
+        "plain",
+        1,
+        "prepare",
+        "a.txt",
+        "b.jsonl",
+        "--out",
+        "replace",
+        "--errors",
+        "replace",
+        *options,
+        cwd=tmp_path,
+    )
+    assert documents_of(tmp_path / "replace") == ["good \ufffd bad", "?x"]
+
+
+def test_a_full_disk(inputs, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=False).returncode
+    ):
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        code, output = jobs.run("mpirun", 2, "prepare", str(inputs[0]), "--out", "disk/out", cwd=tmp_path)
+        assert code == 1 and "No space left" in output and output.count("hvdformer: ") == 1
+        assert not (disk / "out" / "index.json").exists()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """Peak memory of a rank for 5 and for 50 MB of JSON lines."""
+    peaks = []
+    for size in (1, 10):
+        line = json.dumps({"text": text_of(size, 900)}) + "\n"
+        (tmp_path / f"{size}.jsonl").write_text(line * (size * 5_000_000 // len(line)))
+        command = jobs.command("plain", 1, "prepare", f"{size}.jsonl", "--out", f"out{size}")
+        process = subprocess.Popen(command, cwd=tmp_path, env=jobs.environment(), stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss / 1024)
+    assert max(peaks) < 500
+    assert peaks[1] < peaks[0] * 1.25 + 60, peaks  # the pages of parts that are mapped count too
+    assert int(np.sum([f.stat().st_size for f in (tmp_path / "out10").glob("*.bin")])) > 90_000_000
+
+
+def test_under_horovodrun_it_says_where_it_belongs(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    output = jobs.run("horovodrun-gloo", 2, "prepare", "a.txt", "--out", "out", cwd=tmp_path)[1]
+    assert "prepare runs over MPI" in output
