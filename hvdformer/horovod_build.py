@@ -462,7 +462,7 @@ def extract_errors(log: str, limit: int = 12) -> str:
     """The lines of a build log that say what went wrong: the first errors, each with the two lines behind it."""
     lines = log.splitlines()
     telling = re.compile(
-        r"(\berror:|fatal error|CMake Error|undefined reference|cannot find -l|No such file or directory"
+        r"((?<!as )\berror:|fatal error|CMake Error|undefined reference|cannot find -l|No such file or directory"
         r"|cannot open shared object|Killed|out of memory|No space left|Permission denied"
         r"|No matching distribution|Could not find a version|\w(Error|Exception): )"
     )
@@ -485,7 +485,14 @@ def extract_errors(log: str, limit: int = 12) -> str:
 def _run_with_progress(
     command: Sequence[str], environment: Mapping[str, str], write: Callable[[str], object]
 ) -> int:
-    """Run, log every line, and show how far the compiler is: one changing line on a terminal, else two a minute."""
+    """Run, log every line, and show how far the compiler is: one changing line on a terminal, else two a minute.
+
+    Whatever ends this, an interrupt, a batch system or a full disk, ends make and the compilers too.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -494,7 +501,7 @@ def _run_with_progress(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that make and the compilers can be ended with it
+        start_new_session=True,  # so that all of them can be ended at once
     )
     assert process.stdout is not None
     began = shown = time.monotonic()
@@ -518,8 +525,14 @@ def _run_with_progress(
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if is_terminal:
             click.echo("\r\033[K", nl=False, err=True)
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 _PROOF = """

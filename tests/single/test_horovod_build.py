@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -301,6 +302,11 @@ def test_the_reason_that_cmake_gives_is_on_the_next_line():
     assert "Could NOT find MPI_CXX" in extract_errors(log + "Call Stack (most recent call first):\n")
 
 
+def test_the_source_of_pips_own_caller_in_a_traceback_is_no_error():
+    log = "mpi.h:1:10: fatal error: mpi.h: No such file\n\n\n  except ImportError as error:\n    print(\n"
+    assert "except" not in extract_errors(log)
+
+
 def test_a_log_without_a_known_error_shows_its_end():
     assert extract_errors("a\nb\nthe end").endswith("the end")
 
@@ -416,15 +422,35 @@ def test_progress_goes_by_the_percentage_of_make_and_the_log_has_every_line(caps
     assert [re.sub(r"\d+ s", "N s", line) for line in shown] == ["  42 % after N s", "  97 % after N s"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_stopped_takes_its_compilers_along(tmp_path, number):
+    script = f"sleep 60 & echo $! > {tmp_path}/child.part; mv {tmp_path}/child.part {tmp_path}/child; wait"
+    call = f"_run_with_progress(['sh', '-c', {script!r}], os.environ, print)"
+    builder = subprocess.Popen(
+        [sys.executable, "-c", f"import os; from hvdformer.horovod_build import _run_with_progress; {call}"]
+    )
+    _wait_for((tmp_path / "child").exists)
+    builder.send_signal(number)
+    assert builder.wait(timeout=20) == 128 + number
+    _wait_for(lambda: _has_ended((tmp_path / "child").read_text().strip()))
+
+
 def test_ranks_that_hang_are_ended_with_their_children_and_named(tmp_path):
     script = f"sleep 60 & echo $! > {tmp_path}/child; echo waiting; wait"
     began = time.monotonic()
     output = _run_ranks(["sh", "-c", script], os.environ, timeout_seconds=1)
     assert time.monotonic() - began < 20
     assert "waiting" in output and extract_errors(output) == "  error: no answer within 1 s"
-    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
-    for _ in range(50):
-        if not child.exists() or child.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    raise AssertionError("the child outlived the launcher")
+    _wait_for(lambda: _has_ended((tmp_path / "child").read_text().strip()))
+
+
+def _has_ended(process):
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def _wait_for(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "this did not happen in time"
+        time.sleep(0.05)
