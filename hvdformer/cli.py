@@ -322,6 +322,8 @@ def _on_all_ranks(job: Callable[[Runtime, Where], int], device: str, threads: in
     except (UserError, RunError) as error:
         _tell(str(error) if where.step == 0 else f"{rank}, step {where.step}, {where.phase}: {error}")
         comm.abort(error.exit_code)
+    except KeyboardInterrupt:  # before training has its own handling of signals
+        comm.abort(130)
     except Exception as error:
         if comm.is_lost_contact(error):
             # Some other rank failed first and says why; this one would only add noise, and is mostly ended before this.

@@ -23,40 +23,43 @@ from hvdformer.tasks import causal_lm
 @torch.inference_mode()
 def evaluate(
     model: torch.nn.Module,
-    sequences: Sequences,
+    validation: Sequence[Sequences],
     config: Config,
     world: World,
     device: torch.device,
     max_sequences: int,
 ) -> dict[str, Any]:
-    """Loss on the first `max_sequences` sequences (0: all). Every rank calls it; every rank gets the result.
+    """Loss on the first sequences of each data set, `max_sequences` in all (0: every one). Every rank calls it.
 
-    Returns loss in nats per token, bits_per_byte, and the number of sequences and targets they were taken over.
+    Returns, on every rank, validation_loss in nats per token, bits_per_byte, and the number of sequences and targets
+    that they were taken over.
     """
     model.eval()
     loss_sum, num_targets, num_sequences = 0.0, 0, 0
-    batches = evaluation_batches(
-        sequences,
-        micro_batch=config.train.micro_batch,
-        rank=world.rank,
-        size=world.size,
-        max_examples=max_sequences or len(sequences),
-        document_mask=config.data.document_mask,
-        device=device,
-    )
-    for batch in batches:
-        with autocast(device, config.train.precision):
-            batch_loss, count = causal_lm.loss_sum(model, batch)
-        loss_sum += batch_loss.item()
-        num_targets += count
-        num_sequences += len(batch.tokens)
+    for sequences in validation:
+        batches = evaluation_batches(
+            sequences,
+            micro_batch=config.train.micro_batch,
+            rank=world.rank,
+            size=world.size,
+            max_examples=-(-max_sequences // len(validation)) or len(sequences),
+            document_mask=config.data.document_mask,
+            device=device,
+        )
+        for batch in batches:
+            with autocast(device, config.train.precision):
+                batch_loss, count = causal_lm.loss_sum(model, batch)
+            loss_sum += batch_loss.item()
+            num_targets += count
+            num_sequences += len(batch.tokens)
     model.train()
-    loss_sum, targets, examples = comm.sum_over_ranks([loss_sum, num_targets, num_sequences], "evaluate")
-    loss = loss_sum / targets
-    shards = sequences.shards
+    total_loss, targets, examples = comm.sum_over_ranks([loss_sum, num_targets, num_sequences], "evaluate")
+    loss = total_loss / targets
+    tokens = sum(sequences.shards.num_tokens for sequences in validation)
+    text_bytes = sum(sequences.shards.num_bytes for sequences in validation)
     return {
         "validation_loss": loss,
-        "bits_per_byte": causal_lm.bits_per_byte(loss, shards.num_tokens, shards.num_bytes),
+        "bits_per_byte": causal_lm.bits_per_byte(loss, tokens, text_bytes),
         "sequences": int(examples),
         "targets": int(targets),
     }

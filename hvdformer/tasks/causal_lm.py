@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from hvdformer.config import Config
 from hvdformer.data.loader import Batch, Sequences
-from hvdformer.data.shards import open_shards
+from hvdformer.data.shards import open_shards, read_index
 from hvdformer.data.standard_library import prepare_standard_library
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.distributed import comm
@@ -66,7 +66,7 @@ class Examples:
     tokenizer: Tokenizer
     train: list[Sequences]
     weights: list[float]  # of the data sets in `train`
-    validation: Sequences
+    validation: list[Sequences]
     fingerprint: str
 
 
@@ -99,24 +99,33 @@ def default_cache() -> Path:
 def _open(paths: list[Path], weights: list[float], config: Config) -> Examples:
     length = config.model.context_length
     train = [Sequences(open_shards(path, "train"), length) for path in paths]
-    validation = Sequences(open_shards(paths[0], "validation"), length)
     if len({sequences.shards.tokenizer_fingerprint for sequences in train}) > 1:
         raise UserError(
             "the data sets of data.mix were prepared with different tokenizers: prepare them with one"
         )
-    for path, sequences in zip([*paths, paths[0]], [*train, validation], strict=True):
+    # A data set of a blend may do without a validation split, and a small one may not fill a sequence; one has to.
+    validation = [
+        Sequences(open_shards(path, "validation"), length)
+        for path in paths
+        if "validation" in read_index(path).splits
+    ]
+    validation = [sequences for sequences in validation if len(sequences)]
+    for path, sequences in zip(paths, train, strict=True):
         if not len(sequences):
             raise UserError(
                 f"{path}: {sequences.shards.num_tokens} tokens are too few for one sequence of "
                 f"model.context_length={length}: lower it, or prepare more text"
             )
-    fingerprints = [sequences.shards.fingerprint for sequences in train]
+    if not validation:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no validation text of at least model.context_length={length} tokens: lower it, "
+            "or prepare with a larger --validation-fraction"
+        )
+    fingerprints = "".join(sequences.shards.fingerprint for sequences in train)
     return Examples(
         tokenizer=train[0].shards.load_tokenizer(),
         train=train,
         weights=weights,
         validation=validation,
-        fingerprint=fingerprints[0]
-        if len(fingerprints) == 1
-        else hashlib.sha256("".join(fingerprints).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest() if len(paths) > 1 else fingerprints,
     )

@@ -22,7 +22,8 @@ COMMANDS = [
 def folder(tmp_path_factory):
     """A checkout's configs, in which the commands are run in their order."""
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(jobs.ROOT / "configs", folder / "configs")
+    for name in ("configs", "hvdformer"):
+        shutil.copytree(jobs.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -133,6 +134,26 @@ def test_bf16_activation_checkpointing_dropout_and_document_mask_train_and_resum
     assert whole == half
     losses = [line["loss"] for line in jobs.metrics(folder / "runs" / "whole") if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_compiled_blocks_train(folder):
+    """torch.compile needs a compiler; the losses are those of the plain blocks, to rounding."""
+    if not jobs.has("g++"):
+        pytest.skip("no compiler here")
+    command = (
+        "train",
+        "configs/tiny.yaml",
+        "train.steps=5",
+        "train.sample_tokens=0",
+        "train.final_evaluate_sequences=8",
+    )
+    for name, settings in (("plain", ()), ("compiled", ("train.compile=true",))):
+        jobs.succeed("mpirun", 2, *command, *settings, "--run-dir", f"runs/{name}", cwd=folder)
+    losses = [
+        [line["loss"] for line in jobs.metrics(folder / "runs" / name) if "loss" in line]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_other_data_is_refused_on_resume_and_taken_on_request(folder, data_set):
