@@ -131,7 +131,7 @@ def prepare(
     launch = detect(os.environ)
 
     def work() -> None:
-        from hvdformer.data.prepare import Options, Ranks
+        from hvdformer.data.prepare import Options, Ranks, join_mpi
         from hvdformer.data.prepare import prepare as run_prepare
 
         comm = None
@@ -140,15 +140,7 @@ def prepare(
                 raise UserError(
                     f"prepare runs over MPI, not under {launch.launcher}: start it with mpirun -np {launch.size}"
                 )
-            os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-            from mpi4py import MPI
-
-            comm = MPI.COMM_WORLD
-            if comm.Get_size() != launch.size:
-                raise UserError(
-                    f"{launch.launcher} started {launch.size} processes, but mpi4py sees {comm.Get_size()}: use the mpirun of the "
-                    "MPI that mpi4py loads (`hvdformer doctor`)"
-                )
+            comm = join_mpi(launch.size)
         options = Options(tokenizer, text_key, errors, dedup, validation_fraction, shuffle_seed, shard_tokens)
         run_prepare(inputs, out, options, Ranks(comm), lambda line: click.echo(line))
 

@@ -87,6 +87,24 @@ class Ranks:
         return self.gather(self.every(lambda: function() if self.rank == 0 else None))[0]
 
 
+def join_mpi(size: int) -> Any:
+    """The communicator of all ranks, of which the launcher says that there are `size`.
+
+    Raises:
+        UserError: mpi4py sees another number: it loads another MPI than the one that started this process.
+    """
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # a rank that waits gives its core away
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() != size:
+        raise UserError(
+            f"the launcher started {size} processes, but mpi4py sees {comm.Get_size()}: use the mpirun of the MPI that "
+            "mpi4py loads (`hvdformer doctor`)"
+        )
+    return comm
+
+
 @dataclass(frozen=True)
 class Options:
     """What decides the bytes of the result, besides the input itself."""
