@@ -42,7 +42,7 @@ def cli() -> None:
     default="auto",
     show_default=True,
     metavar="auto|never|CHECKPOINT",
-    help="Go on from the run folder's newest checkpoint, insist on a new run, or start from a checkpoint.",
+    help="Go on from the run folder's newest checkpoint, insist on a new run, or start a new run folder from a checkpoint.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Show the resolved config, parameters, memory and steps; start nothing."

@@ -39,7 +39,7 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
     """Run the whole job on this rank. Every rank calls it with the same arguments.
 
     resume: "auto" goes on from the newest whole checkpoint of the run folder if there is one; "never" refuses a
-    folder with checkpoints; anything else is the path of a checkpoint to start from, in a new run folder.
+    folder with checkpoints; anything else is the path of a checkpoint from which a new run folder starts.
 
     Returns the exit code: 0, or 130 when SIGINT stopped the run.
     """
@@ -61,9 +61,8 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
     where.phase = "initialise"
     model = causal_lm.build_model(config).to(device)
     if config.train.compile:
-        for (
-            block
-        ) in model.blocks:  # not the whole model: its gradients would all come at once, and nothing overlap
+        # Each block, not the whole model: its gradients would all come at once, and nothing would overlap.
+        for block in model.blocks:
             block.compile()
     buckets = flatten(model.named_parameters(), config.fusion.bucket_mib)
     matrices, vectors = ([b.flat for b in buckets if b.decays == decays] for decays in (True, False))
@@ -115,9 +114,8 @@ def train(config: Config, run_dir: Path, resume: str, here: runtime.Runtime, whe
             runtime.seed_everything((config.train.seed, counters.step, number))
             with autocast(device, config.train.precision):
                 loss, count = causal_lm.loss_sum(model, batch)
-            scaler.scale(
-                loss / nominal_targets
-            ).backward()  # the last one starts the allreduce, bucket by bucket
+            # The backward of the last micro-batch starts the allreduce, bucket by bucket.
+            scaler.scale(loss / nominal_targets).backward()
             loss_sum += loss.detach()
             num_targets += count
         totals = comm.sum_over_ranks_async([loss_sum.item(), num_targets, stop.number], "step totals")
@@ -223,7 +221,8 @@ class Run:
             run.folder = RunFolder(path, config, checkpoint_bytes)
             start, notes = _find_start(run.folder.checkpoints, resume)
             stored = checkpoint.read_state(start) if start else {}
-            if resume == "auto" and start and stored["data_fingerprint"] != data_fingerprint:
+            of_this_run = start is not None and start.parent == run.folder.checkpoints
+            if of_this_run and stored["data_fingerprint"] != data_fingerprint:
                 raise UserError(
                     f"{start} was trained on other data (fingerprint {stored['data_fingerprint'][:12]}, now "
                     f"{data_fingerprint[:12]}). Bring that data back; or, to go on with the new data, start a new run "
@@ -311,15 +310,18 @@ def _due(step: int, every: int) -> bool:
 def _find_start(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to start from, or None, and what the user should know of it."""
     latest, damages = checkpoint.find_latest(checkpoints)
-    if resume == "auto":
-        if latest is None and damages:
-            raise UserError("every checkpoint is damaged:\n  " + "\n  ".join(damages))
-        return latest, damages
-    if latest is not None or damages:
+    if latest is None and damages:
+        raise UserError("every checkpoint is damaged:\n  " + "\n  ".join(damages))
+    if latest is not None and resume == "never":
         raise UserError(
             f"{checkpoints} holds checkpoints already. Choose a new --run-dir, or go on with this one by --resume auto."
         )
-    return (None if resume == "never" else checkpoint.resolve(Path(resume))), []
+    if latest is None and resume not in ("auto", "never"):
+        return checkpoint.resolve(Path(resume)), []
+    return (
+        latest,
+        damages,
+    )  # also for a run that began at another's checkpoint, when the same command comes again
 
 
 def _initialise(state: TrainState, start: Path | None) -> None:
