@@ -1,6 +1,5 @@
 """Stopped in any way and started again with the same command, a run ends in the same bits as an undisturbed one."""
 
-import json
 import shutil
 import signal
 
@@ -97,12 +96,7 @@ def test_the_second_signal_ends_at_once(tmp_path):
 def test_another_world_size_goes_on_with_exactly_the_next_examples(undisturbed, tmp_path):
     reference = undisturbed("mpirun", 2)
     shutil.copytree(reference, tmp_path / "run")
-    for name in (
-        "step-00000060",
-        "step-00000055",
-    ):  # keep_last is 2: now the newest is gone, then a cut one is left
-        if name == "step-00000060":
-            shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000060")
     output = jobs.succeed("mpirun", 3, *COMMAND, "--run-dir", "run", cwd=tmp_path)
     assert "going on from step 55" in output
     ours = [(line["step"], line["examples"]) for line in jobs.metrics(tmp_path / "run") if "examples" in line]
@@ -136,20 +130,13 @@ def test_a_complete_run_says_so_and_changes_nothing(undisturbed, tmp_path):
     same(tmp_path / "run", reference)
 
 
-def test_a_new_run_may_begin_at_a_checkpoint_of_another(undisturbed, tmp_path):
-    reference = undisturbed("plain", 1)
-    output = jobs.succeed(
-        "plain",
-        1,
-        *COMMAND,
-        f"train.steps={STEPS + 5}",
-        "--run-dir",
-        "longer",
-        "--resume",
-        str(reference),
-        cwd=tmp_path,
-    )
-    assert f"going on from step {STEPS}" in output
-    assert (
-        json.loads((tmp_path / "longer" / "metrics.jsonl").read_text().splitlines()[0])["step"] == STEPS + 1
-    )
+def test_a_new_run_may_begin_at_a_checkpoint_of_another_and_then_goes_on_by_itself(undisturbed, tmp_path):
+    command = (*COMMAND, f"train.steps={STEPS + 10}", "checkpoint.keep_last=3", "--run-dir", "longer")
+    command = (*command, "--resume", str(undisturbed("plain", 1)))
+    assert f"going on from step {STEPS}" in jobs.succeed("plain", 1, *command, cwd=tmp_path)
+    run = tmp_path / "longer"
+    assert jobs.metrics(run)[0]["step"] == STEPS + 1
+    ended = jobs.weights_and_optimizer(run, STEPS + 10)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS + 10:08d}")
+    assert f"going on from step {STEPS + 5}" in jobs.succeed("plain", 1, *command, cwd=tmp_path)
+    assert jobs.weights_and_optimizer(run, STEPS + 10) == ended
