@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,26 @@ def test_decay_on_matrices_only():
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.allclose(matrix, torch.full((2, 2), 0.9)) and torch.equal(vector, torch.ones(2))
+
+
+def test_updates_equal_the_formula_of_adamw():
+    """Algorithm 2 of arXiv 1711.05101 in NumPy, in fp64, with settings that tell each coefficient from the others."""
+    config = optim("learning_rate=0.1", "weight_decay=0.2", "beta1=0.7", "beta2=0.9", "epsilon=0.05")
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
+    optimizer = build_optimizer([parameter], [], config, torch.device("cpu"))
+    weights = parameter.detach().double().numpy().copy()
+    mean, square = np.zeros((2, 3)), np.zeros((2, 3))
+    random = np.random.default_rng(0)
+    for step in range(1, 6):
+        gradient = random.standard_normal((2, 3))
+        parameter.grad = torch.tensor(gradient, dtype=torch.float32)
+        optimizer.step()
+        mean = 0.7 * mean + 0.3 * gradient
+        square = 0.9 * square + 0.1 * gradient**2
+        denominator = np.sqrt(square / (1 - 0.9**step)) + 0.05
+        weights -= 0.1 * (mean / (1 - 0.7**step) / denominator + 0.2 * weights)
+    # fp32 against fp64: 6e-8 of weights near 1, five times over
+    np.testing.assert_allclose(parameter.detach().numpy(), weights, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 5.0, 1e9])
