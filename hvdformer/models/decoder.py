@@ -49,13 +49,19 @@ class Decoder(nn.Module):
         """The (B, T, D) output of the last block, normalised: what the output layer reads."""
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
+        # One position too few would broadcast, without an error.
+        assert start + T <= self.config.context_length, (start, T)
+        assert segments is None or start == 0, "the cache does not know the documents of the tokens it holds"
         x = self.embedding(tokens)  # (B, T, D)
         if self.positions is not None:
             x = x + self.positions.weight[start : start + T]
         x = self.dropout(x)
         mask = _mask(T, start, segments, tokens.device)
         for block in self.blocks:
-            if self.activation_checkpointing and self.training:
+            if cache is not None:
+                # Past `block.compile()`: each layer, and shapes that grow with every token, would compile anew.
+                x = block.forward(x, self.rotary, mask, cache)
+            elif self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, self.rotary, mask, cache, use_reentrant=False)
             else:
                 x = block(x, self.rotary, mask, cache)

@@ -5,7 +5,7 @@ import torch
 
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.generate import generate, generate_ids, sample
-from tests.single.test_model import GPT2, make
+from tests.single.test_model import GPT2, make, tokens
 
 
 @pytest.mark.parametrize("settings", [[], GPT2, ["kv_heads=2"]], ids=["modern", "gpt2", "grouped"])
@@ -31,8 +31,30 @@ def test_beyond_the_context_the_newer_half_is_kept():
     assert found == ids[40:]
 
 
+def test_generation_does_not_compile():
+    """Every token would: the cache grows, and each layer has its own number."""
+    plain, compiled = make(), make()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in compiled.blocks:
+        block.compile(backend=count)
+    torch.testing.assert_close(compiled(tokens()), plain(tokens()))
+    assert graphs
+    graphs.clear()
+    assert list(generate_ids(compiled, [1, 2], 8, temperature=0)) == list(
+        generate_ids(plain, [1, 2], 8, temperature=0)
+    )
+    assert not graphs
+
+
 def test_the_seed_decides_and_the_mode_is_given_back():
-    model = make().train()
+    model = make("dropout=0.5").train()
+    greedy = [list(generate_ids(model, [1], 20, temperature=0)) for _ in range(2)]
+    assert greedy[0] == greedy[1] == list(generate_ids(make(), [1], 20, temperature=0))  # no dropout
     runs = [list(generate_ids(model, [1], 20, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     assert model.training
@@ -60,6 +82,8 @@ def test_top_k_and_top_p_keep_the_smallest_set():
     assert set(draws(logits, top_p=0.7)) == {1, 3}
     assert set(draws(logits, top_p=0.8)) == {1, 2, 3}
     assert set(draws(logits, top_p=1.0)) == {0, 1, 2, 3}
+    # two of exactly a half: the first reaches p by itself
+    assert set(draws(torch.zeros(2), top_p=0.5)) == {0}
 
 
 def test_text_stops_at_the_end_of_the_document():
