@@ -108,24 +108,42 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
 def estimate_memory(
     config: ModelConfig, vocab_size: int, micro_batch: int, precision: str, activation_checkpointing: bool
 ) -> dict[str, int]:
-    """Bytes that a rank needs for training: weights, gradients and AdamW's moments in fp32, and the activations.
+    """Bytes that a rank needs for training: weights, gradients and AdamW's moments in fp32, and what a micro-batch takes.
 
-    Activations are what a block keeps for backward, counted from its code for one micro-batch, and the logits with
-    their gradient; attention is taken to keep no T x T matrix, as flash and memory-efficient kernels do.
+    "activations" are kept from forward until backward, counted from the code of a block; "backward" lives for a moment
+    of it: the logits, or one block, whichever is more. Attention is taken to keep no T x T matrix, as flash and
+    memory-efficient kernels do; on a CPU, dropout makes it keep some.
+    precision: "fp32", "bf16" or "fp16"; in the latter two autocast also holds a 16-bit copy of the weights.
     """
+    assert precision in ("fp32", "bf16", "fp16"), precision
     parameters = parameter_count(config, vocab_size)
-    width, hidden = config.width, ffn_width(config)
-    item = 4 if precision == "fp32" else 2
-    kv_width = width // config.heads * (config.kv_heads or config.heads)
-    gates = 4 if config.activation == "swiglu" else 2
-    # norm in, norm out, q k v twice where they are turned, attention out, residual; norm in, out, gates, residual
-    block = 6 * width + 2 * (width + 2 * kv_width) + gates * hidden
     tokens = micro_batch * config.context_length
-    kept = config.layers * width + block if activation_checkpointing else config.layers * block
-    return {
+    width, kv_heads = config.width, config.kv_heads or config.heads
+    item = 4 if precision == "fp32" else 2
+    # Both norms of a block: their inputs, and for rmsnorm the normalised form, are fp32 in every precision.
+    norms = 2 * width * (2 if config.norm == "rmsnorm" else 1)
+    # q, k and v, views of one projection
+    attention = width + 2 * (width // config.heads) * kv_heads
+    if config.positions == "rotary" or kv_heads != config.heads:
+        attention += 2 * width  # copies: q and k turned, or k and v repeated
+    feed_forward = ffn_width(config) * (4 if config.activation == "swiglu" else 2)
+    # and the outputs of both norms and of attention
+    block = tokens * (4 * norms + item * (attention + feed_forward + 3 * width))
+    # As each is used up in backward, the gradients of the feed-forward come to half of what it kept.
+    backward = tokens * item * feed_forward // 2
+    if activation_checkpointing:
+        # Blocks keep their input, and are recomputed one by one when the logits are gone.
+        activations, backward = tokens * 4 * width * config.layers, block + backward
+    else:
+        activations = block * config.layers
+    logits = tokens * vocab_size * 12  # fp32: log-probabilities, their gradient, the gradient of the logits
+    memory = {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": 8 * parameters,
-        "activations": tokens * kept * item,
-        "logits": tokens * vocab_size * (item + 8),  # as computed, in fp32 for the loss, and their gradient
+        "activations": activations,
+        "backward": max(logits, backward),
     }
+    if precision != "fp32":
+        memory["16-bit weights"] = 2 * parameters
+    return memory
