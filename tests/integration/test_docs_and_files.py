@@ -144,7 +144,7 @@ def test_compiled_blocks_train(folder):
         "train",
         "configs/tiny.yaml",
         "train.steps=5",
-        "train.sample_tokens=0",
+        "train.sample_tokens=8",
         "train.final_evaluate_sequences=8",
     )
     for name, settings in (("plain", ()), ("compiled", ("train.compile=true",))):
