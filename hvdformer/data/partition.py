@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from hvdformer.errors import UserError
+
 _ROUNDS = 6  # a Feistel network of 4 is already indistinguishable from random (Luby and Rackoff, 1988)
 
 
@@ -76,8 +78,10 @@ def digest(ids: np.ndarray) -> str:
 class Blend:
     """Several data sets mixed by weight: at every position each has given its share, to within one example.
 
-    The weights become whole shares of a period of positions; within a period, whoever is furthest behind gives the
-    next example. Any position is found by a division and a look into that one period.
+    The weights become whole shares of a period of positions. An example of a data set may come no earlier and no later
+    than its share allows; of those that may come, the one with the earliest deadline does, which always works out
+    (Baruah et al., "Proportionate Progress", 1996). Whoever is furthest behind, the simpler rule, can be late by more
+    than one. Any position is found by a division and a look into the one period.
     """
 
     def __init__(self, weights: list[float], period: int = 4096) -> None:
@@ -87,15 +91,18 @@ class Blend:
         for index in np.argsort(counts - shares, kind="stable")[: period - counts.sum()]:
             counts[index] += 1
         if (counts == 0).any():
-            raise ValueError(f"a weight below 1/{period} of the sum would never be read")
+            raise UserError(
+                f"data.mix has a weight below 1/{period} of the sum: it would never be read; raise it"
+            )
         self.counts = counts
         self._period = period
         self._source = np.empty(period, dtype=np.int64)  # data set of each position of a period
         self._before = np.empty(period, dtype=np.int64)  # examples that it has given before, in this period
         given = np.zeros(len(counts), dtype=np.int64)
         for position in range(period):
-            behind = counts * (position + 1) / period - given
-            source = int(behind.argmax())
+            release = given * period // counts
+            deadline = -(-(given + 1) * period // counts)
+            source = int(np.where(release <= position, deadline, np.iinfo(np.int64).max).argmin())
             self._source[position], self._before[position] = source, given[source]
             given[source] += 1
 

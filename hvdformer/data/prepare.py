@@ -16,9 +16,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -44,6 +45,7 @@ from hvdformer.errors import RunError, UserError
 T = TypeVar("T")
 PARTS = ".parts"
 BPE_SAMPLE_BYTES = 8 * 2**20
+_MAX_READ_TOKENS = 2**23
 # Of a document in a part: tokens with the end of document, bytes of text, and the first 16 bytes of its sha256.
 DOCUMENT = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("hash", "V16")])
 
@@ -446,13 +448,19 @@ def _renumbered(plans: list[tuple[str, int, np.ndarray]]) -> list[tuple[str, int
 
 
 def _tokens_of(out: Path, rows: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """The tokens of documents, from their memory-mapped parts."""
-    opened: dict[int, np.ndarray] = {}
-    for part, begin, count in zip(
-        rows["part"].tolist(), rows["begin"].tolist(), rows["tokens"].tolist(), strict=True
-    ):
-        if part not in opened:
-            if len(opened) >= 64:
-                opened.clear()
-            opened[part] = np.memmap(_part(out, part), dtype=dtype, mode="r")
-        yield opened[part][begin : begin + count]
+    """The tokens of documents, read from their parts one by one; a very long one is mapped, not read."""
+    with ExitStack() as stack:
+        opened: dict[int, BinaryIO] = {}
+        for part, begin, count in zip(
+            rows["part"].tolist(), rows["begin"].tolist(), rows["tokens"].tolist(), strict=True
+        ):
+            if count > _MAX_READ_TOKENS:
+                yield np.memmap(_part(out, part), dtype, "r", begin * dtype.itemsize, (count,))
+                continue
+            if part not in opened:
+                if len(opened) >= 64:
+                    stack.close()
+                    opened.clear()
+                opened[part] = stack.enter_context(open(_part(out, part), "rb"))
+            opened[part].seek(begin * dtype.itemsize)
+            yield np.fromfile(opened[part], dtype, count)

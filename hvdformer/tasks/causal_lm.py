@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from hvdformer.config import Config
 from hvdformer.data.loader import Batch, Sequences
+from hvdformer.data.partition import Blend
 from hvdformer.data.shards import open_shards, read_index
 from hvdformer.data.standard_library import prepare_standard_library
 from hvdformer.data.tokenizer import Tokenizer
@@ -121,6 +122,7 @@ def _open(paths: list[Path], weights: list[float], config: Config) -> Examples:
             f"{', '.join(map(str, paths))}: no validation text of at least model.context_length={length} tokens: lower it, "
             "or prepare with a larger --validation-fraction"
         )
+    Blend(weights)  # refuses a weight that is too small, here where all ranks hear of it together
     fingerprints = "".join(sequences.shards.fingerprint for sequences in train)
     return Examples(
         tokenizer=train[0].shards.load_tokenizer(),

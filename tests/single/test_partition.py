@@ -80,7 +80,7 @@ def test_the_digest_knows_the_order():
 
 
 @given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_blend_is_within_one_example_of_its_shares_at_every_position(weights):
     weights = [max(weight, sum(weights) / 1000) for weight in weights]  # no share below 1/4096
     blend = Blend(weights)
