@@ -44,42 +44,38 @@ class Sequences:
     def __len__(self) -> int:
         return max(0, self.shards.num_tokens - 1) // self.context_length
 
-    def gather(self, ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The sequences with these ids: (N,) int64 to (N, T + 1) int64, into `out` if it is given."""
-        if out is None:
-            out = np.empty((len(ids), self.context_length + 1), dtype=np.int64)
-        for home, rows, local in self._by_shard(ids):
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """The sequences with these ids: (N,) int64 to (N, T + 1) of the stored dtype."""
+        starts = ids * self.context_length
+        if len(self._windows) == 1 and self._windows[0] is not None:
+            return self._windows[0][starts]
+        out = np.empty((len(ids), self.context_length + 1), dtype=self.shards.shards[0].tokens.dtype)
+        homes = np.searchsorted(self.shards.starts, starts, side="right") - 1
+        for home in np.unique(homes):
+            rows = np.flatnonzero(homes == home)
             windows = self._windows[home]
+            local = starts[rows] - self.shards.starts[home]
             inside = local < (0 if windows is None else len(windows))
             if windows is not None:
                 out[rows[inside]] = windows[local[inside]]
-            for row in rows[~inside].tolist():  # at most one sequence per shard runs over its end
-                out[row] = self.shards.read(int(ids[row]) * self.context_length, self.context_length + 1)
+            for row in rows[~inside]:  # at most one sequence per shard runs over its end
+                out[row] = self.shards.read(int(starts[row]), self.context_length + 1)
         return out
 
     def segments(self, ids: np.ndarray) -> np.ndarray:
         """The number of the document within the sequence, for each token: (N,) to (N, T + 1) int32, from 0."""
-        length = self.context_length
-        out = np.zeros((len(ids), length + 1), dtype=np.int32)
-        for home, rows, local in self._by_shard(ids):
-            shard = self.shards.shards[home]
-            low = np.searchsorted(shard.ends, local, side="right")
-            counts = np.searchsorted(shard.ends, local + length, side="right") - low  # ends inside each sequence
-            before = np.cumsum(counts) - counts
-            ends = shard.ends[np.arange(counts.sum()) + np.repeat(low - before, counts)]
-            out[np.repeat(rows, counts), ends - np.repeat(local, counts)] = 1
-            for row in rows[local + length >= len(shard.tokens)].tolist():  # goes on in the next shard
-                ends = self.shards.document_ends(int(ids[row]) * length, length)
-                out[row, ends] = 1
+        out = np.zeros((len(ids), self.context_length + 1), dtype=np.int32)
+        for row, start in enumerate((ids * self.context_length).tolist()):
+            ends = self.shards.document_ends(start, self.context_length + 1)
+            out[row, ends[ends <= self.context_length]] = 1
         return np.cumsum(out, axis=1, dtype=np.int32)
 
-    def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each shard in which sequences begin: its number, their rows in `ids`, and where in it they begin."""
-        starts = ids * self.context_length
-        homes = np.searchsorted(self.shards.starts, starts, side="right") - 1
-        for home in np.unique(homes).tolist():
-            rows = np.flatnonzero(homes == home)
-            yield home, rows, starts[rows] - self.shards.starts[home]
+    def batch(self, ids: np.ndarray, document_mask: bool) -> Batch:
+        """The sequences with these ids as a micro-batch on the CPU."""
+        return Batch(
+            torch.from_numpy(self.gather(ids).astype(np.int64)),
+            torch.from_numpy(self.segments(ids)) if document_mask else None,
+        )
 
 
 class BatchLoader:
@@ -139,7 +135,6 @@ class BatchLoader:
             self._start(position)
         found, batches = self._ahead.get()
         if isinstance(batches, BaseException):
-            self.close()
             raise batches
         assert found == position
         self._next = position + self._global_batch
@@ -171,7 +166,7 @@ class BatchLoader:
         while not stop.is_set():
             result: list[Batch] | BaseException
             try:
-                result = self._gather(position)
+                result = [self._gather(position + k * self._micro_batch) for k in self._mine]
             except BaseException as error:  # handed to the training thread, which raises it
                 result = error
             self._ahead.put((position, result))
@@ -179,26 +174,24 @@ class BatchLoader:
                 return
             position += self._global_batch
 
-    def _gather(self, position: int) -> list[Batch]:
-        """This rank's micro-batches of the step that begins at `position`, on the CPU: its positions are one run."""
-        B, T = self._micro_batch, self._sources[0].context_length
-        sources, ids = self._locate(position + np.arange(self._mine.start * B, self._mine.stop * B))
-        tokens = np.empty((len(ids), T + 1), dtype=np.int64)
-        segments = np.empty((len(ids), T + 1), dtype=np.int32) if self._document_mask else None
-        for index, source in enumerate(self._sources):
-            rows = np.flatnonzero(sources == index)
-            tokens[rows] = source.gather(ids[rows])
-            if segments is not None:
-                segments[rows] = source.segments(ids[rows])
-        all_tokens = self._pin(torch.from_numpy(tokens))
-        all_segments = None if segments is None else self._pin(torch.from_numpy(segments))
-        return [
-            Batch(all_tokens[i : i + B], None if all_segments is None else all_segments[i : i + B])
-            for i in range(0, len(ids), B)
-        ]
-
-    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+    def _gather(self, position: int) -> Batch:
+        sources, ids = self._locate(np.arange(position, position + self._micro_batch, dtype=np.int64))
+        if self._blend is None:
+            batch = self._sources[0].batch(ids, self._document_mask)
+        else:
+            parts = [
+                self._sources[source].batch(ids[i : i + 1], self._document_mask)
+                for i, source in enumerate(sources)
+            ]
+            segments = [part.segments for part in parts if part.segments is not None]
+            batch = Batch(
+                torch.cat([part.tokens for part in parts]), torch.cat(segments) if segments else None
+            )
+        if self._device.type == "cuda":
+            batch = Batch(
+                batch.tokens.pin_memory(), None if batch.segments is None else batch.segments.pin_memory()
+            )
+        return batch
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Data set and example id of each global position."""
@@ -232,6 +225,5 @@ def evaluation_batches(
     total = min(max_examples, len(sequences))
     for number in local_micro_batches(-(-total // micro_batch), rank, size):
         ids = np.arange(number * micro_batch, min(total, (number + 1) * micro_batch), dtype=np.int64)
-        tokens = torch.from_numpy(sequences.gather(ids)).to(device)
-        segments = torch.from_numpy(sequences.segments(ids)).to(device) if document_mask else None
-        yield Batch(tokens, segments)
+        tokens, segments = sequences.batch(ids, document_mask)
+        yield Batch(tokens.to(device), None if segments is None else segments.to(device))

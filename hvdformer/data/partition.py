@@ -6,11 +6,8 @@ the micro-batches of a step. Each epoch visits every example once, in an order o
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 
@@ -54,20 +51,16 @@ def permute(indices: np.ndarray, num_examples: int, seed: int, epoch: int = 0) -
     """
     half_bits = np.uint64(max(1, math.ceil(math.log2(max(num_examples, 2)) / 2)))
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
     values = indices.astype(np.uint64)
     outside = np.ones(values.shape, dtype=bool)
     while outside.any():
         left, right = values[outside] >> half_bits, values[outside] & half_mask
-        for key in _round_keys(seed, epoch):
+        for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & half_mask)
         values[outside] = (left << half_bits) | right
         outside = values >= np.uint64(num_examples)
     return values.astype(np.int64)
-
-
-@functools.lru_cache(maxsize=16)
-def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
-    return tuple(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64))
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -85,60 +78,36 @@ def digest(ids: np.ndarray) -> str:
 class Blend:
     """Several data sets mixed by weight: at every position each has given its share, to within one example.
 
-    The weights become whole numbers of examples in a period of positions, and who gives the next one within a period
-    is a table: any position is found by a division and a look into it.
+    The weights become whole shares of a period of positions. An example of a data set may come no earlier and no later
+    than its share allows; of those that may come, the one with the earliest deadline does, which always works out
+    (Baruah et al., "Proportionate Progress", 1996). Whoever is furthest behind, the simpler rule, can be late by more
+    than one. Any position is found by a division and a look into the one period.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        """weights: relative, positive; their shares are exact if they have a common denominator up to 10,000 (0.7 and
-        0.3, or 3 and 1), else rounded to 1/10,000."""
-        self.counts = _whole_shares(weights)  # of each data set, in a period
-        self.period = int(self.counts.sum())
-        self._source, self._before = _schedule(self.counts.tolist())
+    def __init__(self, weights: list[float], period: int = 4096) -> None:
+        """weights: relative, positive; their shares are rounded to 1/period each."""
+        shares = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
+        counts = np.floor(shares).astype(np.int64)
+        for index in np.argsort(counts - shares, kind="stable")[: period - counts.sum()]:
+            counts[index] += 1
+        if (counts == 0).any():
+            raise UserError(
+                f"data.mix has a weight below 1/{period} of the sum: it would never be read; raise it"
+            )
+        self.counts = counts
+        self._period = period
+        self._source = np.empty(period, dtype=np.int64)  # data set of each position of a period
+        self._before = np.empty(period, dtype=np.int64)  # examples that it has given before, in this period
+        given = np.zeros(len(counts), dtype=np.int64)
+        for position in range(period):
+            release = given * period // counts
+            deadline = -(-(given + 1) * period // counts)
+            source = int(np.where(release <= position, deadline, np.iinfo(np.int64).max).argmin())
+            self._source[position], self._before[position] = source, given[source]
+            given[source] += 1
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For global positions (N,): the data set of each, and the position within that data set; (N,) int64 each."""
-        periods, indices = np.divmod(positions, self.period)
+        periods, indices = np.divmod(positions, self._period)
         sources = self._source[indices]
         return sources, periods * self.counts[sources] + self._before[indices]
-
-
-_MAX_PERIOD = 10_000
-
-
-def _whole_shares(weights: Sequence[float]) -> np.ndarray:
-    total = sum(map(Fraction, weights))
-    exact = [Fraction(weight) / total for weight in weights]
-    near = [share.limit_denominator(_MAX_PERIOD) for share in exact]
-    period = math.lcm(*(share.denominator for share in near))
-    if sum(near) == 1 and period <= _MAX_PERIOD:
-        counts = [int(share * period) for share in near]
-    else:  # the largest remainders are rounded up
-        counts = [int(share * _MAX_PERIOD) for share in exact]
-        remainders = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i] * _MAX_PERIOD, i))
-        for index in remainders[: _MAX_PERIOD - sum(counts)]:
-            counts[index] += 1
-    if 0 in counts:
-        raise ValueError(f"a weight below 1/{_MAX_PERIOD} of the sum would never be read")
-    return np.array(counts, dtype=np.int64)
-
-
-def _schedule(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The data set of each position of a period, and how many examples that has given before, in this period.
-
-    Example k of a data set with share c of a period Q may come at positions floor(k Q / c) to ceil((k + 1) Q / c) - 1;
-    of those that may come now, the one that must come first does. This keeps every share within one at every prefix
-    (Baruah et al., "Proportionate progress", 1996), which always giving the one furthest behind does not.
-    """
-    period = sum(counts)
-    source, before = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
-    given = [0] * len(counts)
-    for position in range(period):
-        _, index = min(
-            (-(-(done + 1) * period // count), index)
-            for index, (done, count) in enumerate(zip(given, counts, strict=True))
-            if done * period < (position + 1) * count
-        )
-        source[position], before[position] = index, given[index]
-        given[index] += 1
-    return source, before

@@ -190,9 +190,7 @@ class Shard:
                 f"{path}: has {length} bytes, expected {ends_at + documents * 8}. Prepare the data again."
             )
         self.tokens: np.ndarray = _map(path, dtype, HEADER.size, tokens)
-        # Signed, like the positions that are looked up: for a mix of uint64 and int64 searchsorted would first copy all
-        # of it to float64.
-        self.ends: np.ndarray = _map(path, np.dtype("<i8"), ends_at, documents)
+        self.ends: np.ndarray = _map(path, np.dtype("<u8"), ends_at, documents)
 
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
@@ -233,12 +231,13 @@ class ShardSet:
 
     def document_ends(self, start: int, count: int) -> np.ndarray:
         """Where documents end within tokens [start, start + count): positions behind their last tokens, from `start`."""
-        found = [np.empty(0, np.int64)]
-        for shard, begin in zip(self.shards, self.starts.tolist(), strict=False):
-            if begin < start + count and start < begin + len(shard.tokens):
-                low, high = np.searchsorted(shard.ends, [start - begin, start + count - begin], side="right")
-                found.append(shard.ends[low:high] + (begin - start))
-        return np.concatenate(found)
+        found = []
+        for shard, begin in zip(self.shards, self.starts[:-1], strict=True):
+            low, high = np.searchsorted(
+                shard.ends, [max(0, start - begin) + 0, max(0, start + count - begin)], side="right"
+            )
+            found.append(shard.ends[low:high].astype(np.int64) + begin - start)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that the data was prepared with."""
