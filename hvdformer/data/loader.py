@@ -45,37 +45,54 @@ class Sequences:
         return max(0, self.shards.num_tokens - 1) // self.context_length
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
-        """The sequences with these ids: (N,) int64 to (N, T + 1) of the stored dtype."""
-        starts = ids * self.context_length
-        if len(self._windows) == 1 and self._windows[0] is not None:
-            return self._windows[0][starts]
-        out = np.empty((len(ids), self.context_length + 1), dtype=self.shards.shards[0].tokens.dtype)
-        homes = np.searchsorted(self.shards.starts, starts, side="right") - 1
-        for home in np.unique(homes):
-            rows = np.flatnonzero(homes == home)
+        """The sequences with these ids: (N,) int64 to (N, T + 1) int64."""
+        out = np.empty((len(ids), self.context_length + 1), dtype=np.int64)
+        for home, rows, local in self._by_shard(ids):
             windows = self._windows[home]
-            local = starts[rows] - self.shards.starts[home]
             inside = local < (0 if windows is None else len(windows))
             if windows is not None:
-                out[rows[inside]] = windows[local[inside]]
+                if len(rows) == len(ids) and inside.all():
+                    out[...] = windows[local]
+                else:
+                    out[rows[inside]] = windows[local[inside]]
             for row in rows[~inside]:  # at most one sequence per shard runs over its end
-                out[row] = self.shards.read(int(starts[row]), self.context_length + 1)
+                start = int(ids[row]) * self.context_length
+                out[row] = self.shards.read(start, self.context_length + 1)
         return out
 
     def segments(self, ids: np.ndarray) -> np.ndarray:
         """The number of the document within the sequence, for each token: (N,) to (N, T + 1) int32, from 0."""
-        out = np.zeros((len(ids), self.context_length + 1), dtype=np.int32)
-        for row, start in enumerate((ids * self.context_length).tolist()):
-            ends = self.shards.document_ends(start, self.context_length + 1)
-            out[row, ends[ends <= self.context_length]] = 1
-        return np.cumsum(out, axis=1, dtype=np.int32)
+        T = self.context_length
+        begins = np.zeros((len(ids), T + 1), dtype=np.int32)  # 1 where a document begins
+        for home, rows, local in self._by_shard(ids):
+            ends = self.shards.shards[home].ends
+            # In the dtype of `ends`: otherwise all of it is converted for each search.
+            low, high = (np.searchsorted(ends, (local + s).astype(ends.dtype), side="right") for s in (0, T))
+            counts = high - low
+            row = np.repeat(np.arange(len(rows)), counts)
+            # Of each row the ends low, low + 1, ..., high - 1, all rows after one another.
+            which = np.arange(len(row)) + np.repeat(low - np.cumsum(counts) + counts, counts)
+            begins[rows[row], ends[which].astype(np.int64) - local[row]] = 1
+            for row in rows[local + T >= len(self.shards.shards[home].tokens)]:  # runs over the shard's end
+                found = self.shards.document_ends(int(ids[row]) * T, T + 1)
+                begins[row, found[found <= T]] = 1
+        return np.cumsum(begins, axis=1, dtype=np.int32)
 
     def batch(self, ids: np.ndarray, document_mask: bool) -> Batch:
-        """The sequences with these ids as a micro-batch on the CPU."""
+        """The sequences with these ids as a batch on the CPU."""
         return Batch(
-            torch.from_numpy(self.gather(ids).astype(np.int64)),
+            torch.from_numpy(self.gather(ids)),
             torch.from_numpy(self.segments(ids)) if document_mask else None,
         )
+
+    def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each shard in which some of the sequences begin: its number, their rows, and where in it they begin."""
+        starts = ids * self.context_length
+        homes = np.searchsorted(self.shards.starts, starts, side="right") - 1
+        for home in np.unique(homes):
+            self.shards.shards[home].check()
+            rows = np.flatnonzero(homes == home)
+            yield int(home), rows, starts[rows] - self.shards.starts[home]
 
 
 class BatchLoader:
@@ -101,7 +118,9 @@ class BatchLoader:
         self._blend = Blend(list(weights)) if len(self._sources) > 1 else None
         self._seed, self._shuffle = seed, shuffle
         self._micro_batch, self._global_batch = micro_batch, micro_batch * num_micro_batches
-        self._mine = local_micro_batches(num_micro_batches, rank, size)
+        mine = local_micro_batches(num_micro_batches, rank, size)
+        # This rank's examples lie side by side in the step, so that one gather brings all of them.
+        self._share = np.arange(mine.start * micro_batch, mine.stop * micro_batch, dtype=np.int64)
         self._document_mask, self._device = document_mask, device
         self._ahead: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
@@ -166,7 +185,7 @@ class BatchLoader:
         while not stop.is_set():
             result: list[Batch] | BaseException
             try:
-                result = [self._gather(position + k * self._micro_batch) for k in self._mine]
+                result = self._gather(position + self._share)
             except BaseException as error:  # handed to the training thread, which raises it
                 result = error
             self._ahead.put((position, result))
@@ -174,24 +193,27 @@ class BatchLoader:
                 return
             position += self._global_batch
 
-    def _gather(self, position: int) -> Batch:
-        sources, ids = self._locate(np.arange(position, position + self._micro_batch, dtype=np.int64))
+    def _gather(self, positions: np.ndarray) -> list[Batch]:
+        """The examples at these positions, cut into micro-batches."""
+        sources, ids = self._locate(positions)
         if self._blend is None:
-            batch = self._sources[0].batch(ids, self._document_mask)
+            tokens, segments = self._sources[0].batch(ids, self._document_mask)
         else:
             parts = [
-                self._sources[source].batch(ids[i : i + 1], self._document_mask)
-                for i, source in enumerate(sources)
+                (rows, source.batch(ids[rows], self._document_mask))
+                for index, source in enumerate(self._sources)
+                if len(rows := np.flatnonzero(sources == index))
             ]
-            segments = [part.segments for part in parts if part.segments is not None]
-            batch = Batch(
-                torch.cat([part.tokens for part in parts]), torch.cat(segments) if segments else None
-            )
+            order = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in parts])))
+            tokens = torch.cat([batch.tokens for _, batch in parts])[order]
+            masks = [batch.segments for _, batch in parts if batch.segments is not None]
+            segments = torch.cat(masks)[order] if masks else None
         if self._device.type == "cuda":
-            batch = Batch(
-                batch.tokens.pin_memory(), None if batch.segments is None else batch.segments.pin_memory()
-            )
-        return batch
+            tokens = tokens.pin_memory()
+            segments = None if segments is None else segments.pin_memory()
+        pieces = tokens.split(self._micro_batch)
+        masked = [None] * len(pieces) if segments is None else segments.split(self._micro_batch)
+        return [Batch(*pair) for pair in zip(pieces, masked, strict=True)]
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Data set and example id of each global position."""

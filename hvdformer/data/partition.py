@@ -7,7 +7,10 @@ the micro-batches of a step. Each epoch visits every example once, in an order o
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -78,36 +81,51 @@ def digest(ids: np.ndarray) -> str:
 class Blend:
     """Several data sets mixed by weight: at every position each has given its share, to within one example.
 
-    The weights become whole shares of a period of positions. An example of a data set may come no earlier and no later
-    than its share allows; of those that may come, the one with the earliest deadline does, which always works out
-    (Baruah et al., "Proportionate Progress", 1996). Whoever is furthest behind, the simpler rule, can be late by more
-    than one. Any position is found by a division and a look into the one period.
+    The weights, taken as the decimals that they are written as, are shares of a period of positions: 0.7 and 0.3 are 7
+    and 3 of 10. An example of a data set may come no earlier and no later than its share allows; of those that may
+    come, the one with the earliest deadline does, which always works out (Baruah et al., "Proportionate Progress",
+    1996). Whoever is furthest behind, the simpler rule, can be late by more than one. Any position is found by a
+    division and a look into the one period.
     """
 
-    def __init__(self, weights: list[float], period: int = 4096) -> None:
-        """weights: relative, positive; their shares are rounded to 1/period each."""
-        shares = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
-        counts = np.floor(shares).astype(np.int64)
-        for index in np.argsort(counts - shares, kind="stable")[: period - counts.sum()]:
-            counts[index] += 1
-        if (counts == 0).any():
+    def __init__(self, weights: Sequence[float]) -> None:
+        """weights: relative, positive.
+
+        Raises:
+            UserError: the shares repeat only after more than 2^16 examples.
+        """
+        exact = [Fraction(str(weight)) for weight in weights]
+        shares = [weight / sum(exact) for weight in exact]
+        period = math.lcm(*(share.denominator for share in shares))
+        if period > _MAX_PERIOD:
+            rounded = ", ".join(f"{float(share):.3f}" for share in shares)
             raise UserError(
-                f"data.mix has a weight below 1/{period} of the sum: it would never be read; raise it"
+                f"data.mix has weights whose shares repeat only after {period:,} examples, at most {_MAX_PERIOD:,}: "
+                f"give shares with fewer digits, such as {rounded}"
             )
-        self.counts = counts
-        self._period = period
+        counts = [int(share * period) for share in shares]
+        self.counts = np.array(counts)  # of each data set in a period
+        self.period = period
         self._source = np.empty(period, dtype=np.int64)  # data set of each position of a period
         self._before = np.empty(period, dtype=np.int64)  # examples that it has given before, in this period
-        given = np.zeros(len(counts), dtype=np.int64)
+        given = [0] * len(counts)
+        waiting = [(0, index) for index in range(len(counts))]  # by the position from which the next may come
+        ready: list[tuple[int, int]] = []  # by the position at which the next must have come
         for position in range(period):
-            release = given * period // counts
-            deadline = -(-(given + 1) * period // counts)
-            source = int(np.where(release <= position, deadline, np.iinfo(np.int64).max).argmin())
-            self._source[position], self._before[position] = source, given[source]
-            given[source] += 1
+            while waiting and waiting[0][0] <= position:
+                _, index = heapq.heappop(waiting)
+                heapq.heappush(ready, (-(-(given[index] + 1) * period // counts[index]), index))
+            _, index = heapq.heappop(ready)
+            self._source[position], self._before[position] = index, given[index]
+            given[index] += 1
+            if given[index] < counts[index]:
+                heapq.heappush(waiting, (given[index] * period // counts[index], index))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For global positions (N,): the data set of each, and the position within that data set; (N,) int64 each."""
-        periods, indices = np.divmod(positions, self._period)
+        periods, indices = np.divmod(positions, self.period)
         sources = self._source[indices]
         return sources, periods * self.counts[sources] + self._before[indices]
+
+
+_MAX_PERIOD = 2**16

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,7 @@ HEADER = struct.Struct("<8sIIQQ")
 SPLITS = ("train", "validation")
 _SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.bin")
 _MAX_INDEX_BYTES = 256 * 2**20
+_MEND = "Bring it back or prepare the data again; the same command goes on from the last checkpoint."
 
 
 class _Entry(BaseModel):
@@ -82,28 +85,30 @@ def fingerprint(splits: dict[str, SplitEntry], tokenizer_sha256: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_shard(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype[Any]) -> ShardEntry:
-    """Write one shard from the token ids of its documents, each with its end of document, in one pass.
+def write_shard(path: Path, pieces: Iterable[tuple[np.ndarray, bool]], dtype: np.dtype[Any]) -> ShardEntry:
+    """Write one shard from token ids in pieces, each with whether a document ends with it, in one pass.
 
-    The file appears under its name when it is whole and on the disk.
+    The end of document is among the ids. The file appears under its name when it is whole and on the disk.
 
     Raises:
         RunError: the disk did not take it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    ends = []
-    tokens = 0
+    tokens = documents = 0
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as ends:
             file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, 0, 0))
-            for document in documents:
-                file.write(np.ascontiguousarray(document, dtype=dtype).data)
-                tokens += len(document)
-                ends.append(tokens)
+            for piece, is_end in pieces:
+                file.write(np.ascontiguousarray(piece, dtype=dtype).data)
+                tokens += len(piece)
+                if is_end:
+                    ends.write(tokens.to_bytes(8, "little"))
+                    documents += 1
             file.write(b"\0" * (-tokens * dtype.itemsize % 8))
-            file.write(np.asarray(ends, dtype="<u8").data)
+            ends.seek(0)
+            shutil.copyfileobj(ends, file)
             file.seek(0)
-            file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, tokens, len(ends)))
+            file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, tokens, documents))
             file.flush()
             os.fsync(file.fileno())
         digest = file_sha256(temporary)
@@ -111,7 +116,7 @@ def write_shard(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype[Any
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written: {error.strerror}") from None
-    return ShardEntry(file=path.name, tokens=tokens, documents=len(ends), sha256=digest)
+    return ShardEntry(file=path.name, tokens=tokens, documents=documents, sha256=digest)
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -189,8 +194,24 @@ class Shard:
             raise UserError(
                 f"{path}: has {length} bytes, expected {ends_at + documents * 8}. Prepare the data again."
             )
+        self._length = length
         self.tokens: np.ndarray = _map(path, dtype, HEADER.size, tokens)
         self.ends: np.ndarray = _map(path, np.dtype("<u8"), ends_at, documents)
+
+    def check(self) -> None:
+        """To be called before `tokens` or `ends` are read: of a file that was cut short, that would kill the process (SIGBUS).
+
+        Raises:
+            RunError: the file is gone, or not as long as it was.
+        """
+        try:
+            length = os.stat(self.path).st_size
+        except OSError as error:
+            raise RunError(f"{self.path}: {error.strerror}, but the run still reads it. {_MEND}") from None
+        if length != self._length:
+            raise RunError(
+                f"{self.path}: has {length} bytes now, expected {self._length}: it was changed while the run reads it. {_MEND}"
+            )
 
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
@@ -224,6 +245,7 @@ class ShardSet:
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         parts = []
         while count > 0 and first < len(self.shards):
+            self.shards[first].check()
             part = self.shards[first].tokens[start - self.starts[first] :][:count]
             parts.append(part)
             start, count, first = start + len(part), count - len(part), first + 1
@@ -233,9 +255,8 @@ class ShardSet:
         """Where documents end within tokens [start, start + count): positions behind their last tokens, from `start`."""
         found = []
         for shard, begin in zip(self.shards, self.starts[:-1], strict=True):
-            low, high = np.searchsorted(
-                shard.ends, [max(0, start - begin) + 0, max(0, start + count - begin)], side="right"
-            )
+            window = np.array([max(0, start - begin), max(0, start + count - begin)], dtype=shard.ends.dtype)
+            low, high = np.searchsorted(shard.ends, window, side="right")
             found.append(shard.ends[low:high].astype(np.int64) + begin - start)
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
@@ -290,7 +311,9 @@ def write_data_set(
     entries = {
         split: SplitEntry(
             text_bytes=sum(size for _, size in documents),
-            shards=(write_shard(folder / f"{split}-00000.bin", (ids for ids, _ in documents), dtype),),
+            shards=(
+                write_shard(folder / f"{split}-00000.bin", ((ids, True) for ids, _ in documents), dtype),
+            ),
         )
         for split, documents in splits.items()
     }

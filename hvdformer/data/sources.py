@@ -9,8 +9,11 @@ import bz2
 import codecs
 import glob
 import gzip
+import io
 import json
 import lzma
+import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -21,8 +24,10 @@ from typing import Any, BinaryIO, Literal
 from hvdformer.errors import UserError
 
 UNIT_BYTES = 4 * 2**20
-PIECE_BYTES = 2**20  # text is read and tokenized in pieces of about this size
-MAX_LINE_BYTES = 2**28
+PIECE_BYTES = (
+    2**18
+)  # text is read and tokenized in pieces of about this size: a tokenizer takes 300 times as much memory
+MAX_LINE_BYTES = 2**25
 STDIN = "-"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What a folder is searched for; a file that is named itself may have any other suffix, and is taken for text.
@@ -94,6 +99,16 @@ class Unit:
         return asdict(self)
 
 
+@dataclass
+class Tally:
+    """What became of a unit so far: bytes read from the disk (compressed, where they are), and documents that were not
+    readable and are skipped, or not UTF-8 and are mended."""
+
+    bytes_read: int = 0
+    skipped: int = 0
+    replaced: int = 0
+
+
 # Text, and whether its document ends with it: True, False, or None for a document that cannot be read and is to be
 # dropped, with what came of it before.
 Piece = tuple[str, bool | None]
@@ -111,17 +126,34 @@ def find_files(inputs: list[str]) -> list[str]:
         if text == STDIN:
             matches = [text]
         elif path.is_dir():
-            matches = sorted(str(file) for file in path.rglob("*") if file.is_file() and _is_known(file))
+            matches = sorted(_walk(path))
         elif path.exists():
             matches = [text]
         else:
             matches = sorted(match for match in glob.glob(text, recursive=True) if Path(match).is_file())
+        if not matches and path.is_dir():
+            raise UserError(
+                f"{text}: holds no file whose suffix is one of text, .jsonl or .parquet. Name files of text with others."
+            )
         if not matches:
             raise UserError(
                 f"{text}: no such input. Give files, folders or globs of text, .jsonl or .parquet files, or - for stdin."
             )
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The files in a folder and those in it whose suffix is known."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}. Mend that, or name the files.")
+
+    for path, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            file = Path(path, name)
+            if _is_known(file) and file.is_file():
+                yield str(file)
 
 
 def cut_into_units(files: list[str]) -> list[Unit]:
@@ -167,10 +199,11 @@ def cut_into_units(files: list[str]) -> list[Unit]:
     return units
 
 
-def read_unit(unit: Unit, text_key: str, errors: Errors) -> Iterator[Piece]:
+def read_unit(unit: Unit, text_key: str, errors: Errors, tally: Tally) -> Iterator[Piece]:
     """The documents of a unit in pieces, in order, in bounded memory.
 
     errors: what a document that is not UTF-8, or a line that is not the JSON expected, leads to.
+    tally: counts along.
 
     Raises:
         UserError: a file or line that cannot be read, named.
@@ -178,11 +211,11 @@ def read_unit(unit: Unit, text_key: str, errors: Errors) -> Iterator[Piece]:
     for path in unit.paths:
         try:
             if unit.kind == "text":
-                yield from _text(path, errors)
+                yield from _text(path, errors, tally)
             elif unit.kind == "jsonl":
-                yield from _json_lines(path, unit.start, unit.end, text_key, errors)
+                yield from _json_lines(path, unit.start, unit.end, text_key, errors, tally)
             else:
-                yield from _parquet(path, unit.start, unit.end, text_key)
+                yield from _parquet(path, unit.start, unit.end, text_key, errors, tally)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise UserError(
                 f"{path}: cannot be decompressed: {error}. The file is cut short or damaged."
@@ -208,119 +241,204 @@ def _kind(file: str) -> tuple[Literal["text", "jsonl", "parquet"], str]:
     return ("jsonl" if suffix in (".jsonl", ".ndjson") else "text"), compression
 
 
-def _open(path: str) -> BinaryIO:
+class _Counted(io.FileIO):
+    """A file that counts what is read of it."""
+
+    def __init__(self, path: str, tally: Tally) -> None:
+        super().__init__(path, "rb")
+        self._tally = tally
+
+    def readinto(self, buffer: Any) -> int:
+        nbytes = super().readinto(buffer) or 0
+        self._tally.bytes_read += nbytes
+        return nbytes
+
+
+def _open(path: str, tally: Tally) -> BinaryIO:
     if path == STDIN:
         return sys.stdin.buffer
     compression = _kind(path)[1]
+    file = io.BufferedReader(_Counted(path, tally), 2**16)
     if compression == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(file)  # type: ignore[return-value]
     if compression == ".bz2":
-        return bz2.open(path, "rb")  # type: ignore[return-value]
+        return bz2.open(file)  # type: ignore[return-value]
     if compression == ".xz":
-        return lzma.open(path, "rb")  # type: ignore[return-value]
+        return lzma.open(file)  # type: ignore[return-value]
     if compression == ".zst":
+        return io.BufferedReader(_Zstandard(path, file))
+    return file
+
+
+class _Zstandard(io.RawIOBase):
+    """zstandard's frames one after the other. (Its own reader takes a file that is cut short for a whole one.)"""
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
         try:
             import zstandard
         except ImportError:
             raise UserError(f'{path}: .zst files need zstandard: pip install "hvdformer[zstd]"') from None
-        return _Zstandard(
-            zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-        )  # type: ignore[return-value]
-    return open(path, "rb")
+        self._file, self._error = file, zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj
+        self._frame: Any = None
+        self._compressed, self._text = b"", b""
 
+    def readable(self) -> bool:
+        return True
 
-class _Zstandard:
-    """zstandard's reader, with its own error turned into the one that a cut file gives elsewhere."""
-
-    def __init__(self, reader: Any) -> None:
-        import io
-
-        self._reader = io.BufferedReader(reader)
-
-    def __enter__(self) -> Any:
-        return self._reader
-
-    def __exit__(self, *_: object) -> None:
-        self._reader.close()
-
-
-def _text(path: str, errors: Errors) -> Iterator[Piece]:
-    """One document, in pieces that end with a line where there are lines."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace" if errors == "replace" else "strict")
-    with _open(path) as file:
-        held, offset = "", 0
-        while chunk := file.read(PIECE_BYTES):
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            # In small steps: a kilobyte of zeros, well compressed, already is 32 MB.
+            self._compressed = self._compressed or self._file.read(1024)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("it ends before its last frame does")
+                return 0
             try:
-                held += decoder.decode(chunk)
+                self._frame = self._frame or self._new_frame()
+                self._text = self._frame.decompress(self._compressed)
+            except self._error as error:
+                raise EOFError(str(error)) from None
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        taken = self._text[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._text = self._text[len(taken) :]
+        return len(taken)
+
+
+# Where a text that is longer than a piece is cut: best between two lines with visible characters, or in front of a word,
+# where a tokenizer of words has no token across; else behind any line.
+_CUTS = [
+    re.compile(pattern, re.DOTALL) for pattern in (r".*[!-~]\n(?=[!-~])", r".*[!-~](?= [!-~])", r".*\n(?=.)")
+]
+
+
+def _first_piece(text: str) -> int:
+    """Length of the piece to begin with, of a text that is longer than a piece."""
+    head = text[: PIECE_BYTES + 2]  # the two characters behind it say whether it may be cut there
+    return next((found.end() for cut in _CUTS if (found := cut.match(head))), PIECE_BYTES)
+
+
+def _pieces(text: str) -> Iterator[Piece]:
+    """A whole document in pieces."""
+    start = 0
+    while len(text) - start > PIECE_BYTES + 2:
+        length = _first_piece(text[start : start + PIECE_BYTES + 2])
+        yield text[start : start + length], False
+        start += length
+    yield text[start:], True
+
+
+def _text(path: str, errors: Errors, tally: Tally) -> Iterator[Piece]:
+    """A file as one document."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _open(path, tally) as file:
+        held, offset = "", 0
+        is_last = False
+        while not is_last:
+            chunk = file.read(PIECE_BYTES)
+            is_last = not chunk
+            state = decoder.getstate()  # with the beginning of a character that the chunk before ended in
+            try:
+                held += decoder.decode(chunk, final=is_last)
             except UnicodeDecodeError as error:
-                yield from _undecodable(path, f"byte {offset + error.start}", errors)
-                return
+                if errors == "skip":
+                    tally.skipped += 1
+                    yield _DROP
+                    return
+                if errors == "strict":
+                    raise UserError(
+                        f"{path}: not UTF-8 at byte {offset - len(state[0]) + error.start}. Convert it, or use "
+                        "--errors replace, or --errors skip."
+                    ) from None
+                tally.replaced += 1
+                decoder = codecs.getincrementaldecoder("utf-8")("replace")
+                decoder.setstate(state)
+                held += decoder.decode(chunk, final=is_last)
             offset += len(chunk)
-            cut = held.rfind("\n") + 1
-            if cut:
-                yield held[:cut], False
-                held = held[cut:]
-            elif len(held) > MAX_LINE_BYTES:
-                yield held, False
-                held = ""
-        try:
-            held += decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            yield from _undecodable(path, f"byte {offset}", errors)
-            return
+            while len(held) > PIECE_BYTES + 2:
+                length = _first_piece(held)
+                yield held[:length], False
+                held = held[length:]
         yield held, True
-
-
-def _undecodable(path: str, where: str, errors: Errors) -> Iterator[Piece]:
-    if errors == "skip":
-        yield _DROP
-        return
-    raise UserError(f"{path}: not UTF-8 at {where}. Convert it, or use --errors replace, or --errors skip.")
 
 
 _DROP: Piece = ("", None)
 
 
-def _json_lines(path: str, start: int, end: int, key: str, errors: Errors) -> Iterator[Piece]:
+def _json_lines(path: str, start: int, end: int, key: str, errors: Errors, tally: Tally) -> Iterator[Piece]:
     """The documents of the lines that begin within [start, end)."""
-    with _open(path) as file:
+    with _open(path, tally) as file:
         number = 0
         if start:
             file.seek(start - 1)
-            file.readline()  # the rest of a line that began before
+            _skip_line(file, end)  # the rest of one that began before
         while end < 0 or file.tell() < end:
             line = file.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return
             number += 1
+            is_too_long = len(line) > MAX_LINE_BYTES
+            if is_too_long:
+                _skip_line(file, end)
             if not line.strip():
                 continue
             try:
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"is longer than {MAX_LINE_BYTES >> 20} MiB")
-                text = _text_of(line.decode("utf-8", "replace" if errors == "replace" else "strict"), key)
-                # JSON can spell lone surrogates, which UTF-8 cannot.
-                text = text.encode("utf-8", "replace" if errors == "replace" else "strict").decode()
-            except UnicodeError:
-                if errors == "skip":
-                    yield _DROP
-                    continue
-                line_number = number + _lines_before(path, start)
-                raise UserError(
-                    f"{path}, line {line_number}: not UTF-8. Convert it, or use --errors replace or skip."
-                ) from None
+                if is_too_long:
+                    raise ValueError(
+                        f"is longer than {MAX_LINE_BYTES >> 20} MiB, expected a document that fits: give a longer one as "
+                        "a file of text"
+                    )
+                text = _text_of(line, key, errors, tally)
             except ValueError as error:
                 if errors == "skip":
+                    tally.skipped += 1
                     yield _DROP
                     continue
-                line_number = number + _lines_before(path, start)
+                remedies = "--errors replace or skip" if isinstance(error, UnicodeError) else "--errors skip"
+                what = "not UTF-8" if isinstance(error, UnicodeError) else error
                 raise UserError(
-                    f"{path}, line {line_number}: {error}. Mend the line, or use --errors skip."
+                    f"{path}, line {number + _lines_before(path, start)}: {what}. Mend the line, or use {remedies}."
                 ) from None
-            yield text, True
+            yield from _pieces(text)
 
 
-def _text_of(line: str, key: str) -> str:
+def _skip_line(file: BinaryIO, end: int) -> None:
+    """Go on to the next line, or to a position at or behind `end` (-1: the end of the file)."""
+    while end < 0 or file.tell() < end:
+        rest = file.readline(PIECE_BYTES)
+        if not rest or rest.endswith(b"\n"):
+            return
+
+
+def _text_of(line: bytes, key: str, errors: Errors, tally: Tally) -> str:
+    """The text of a line of JSON lines.
+
+    Raises:
+        UnicodeError: it is not UTF-8, or spells half of a surrogate pair, which UTF-8 cannot hold.
+        ValueError: it is not an object with text under `key`.
+    """
+    is_mended = False
+    try:
+        decoded = line.decode()
+    except UnicodeDecodeError:
+        if errors != "replace":
+            raise
+        decoded, is_mended = line.decode(errors="replace"), True
+    text = _value_of(decoded, key)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        if errors != "replace":
+            raise
+        text, is_mended = text.encode(errors="replace").decode(), True
+    tally.replaced += is_mended
+    return text
+
+
+def _value_of(line: str, key: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -340,7 +458,7 @@ def _lines_before(path: str, start: int) -> int:
         return 0
     with open(path, "rb") as file:
         file.seek(start - 1)
-        file.readline()
+        _skip_line(file, -1)
         remaining = file.tell()
         file.seek(0)
         lines = 0
@@ -367,16 +485,30 @@ def _parquet_units(path: str) -> list[Unit]:
     return [Unit("parquet", (path,), group, group + 1, size) for group, size in enumerate(sizes)]
 
 
-def _parquet(path: str, start: int, end: int, column: str) -> Iterator[Piece]:
+def _parquet(path: str, start: int, end: int, column: str, errors: Errors, tally: Tally) -> Iterator[Piece]:
+    from pyarrow import ArrowException
+
     file = _parquet_file(path)
     if column not in file.schema_arrow.names:
         raise UserError(
             f"{path}: has no column {column!r}, only {file.schema_arrow.names[:5]} (see --text-key)"
         )
-    for batch in file.iter_batches(batch_size=256, row_groups=list(range(start, end)), columns=[column]):
-        for row, value in enumerate(batch.column(0).to_pylist()):
-            if not isinstance(value, str):
-                raise UserError(
-                    f"{path}, row group {start}, row {row}: found {type(value).__name__}, expected text in {column!r}"
-                )
-            yield value, True
+    row = 0
+    try:
+        for batch in file.iter_batches(
+            batch_size=32, row_groups=list(range(start, end)), columns=[column], use_threads=False
+        ):
+            for value in batch.column(0).to_pylist():
+                if isinstance(value, str):
+                    yield from _pieces(value)
+                elif errors == "skip":
+                    tally.skipped += 1
+                    yield _DROP
+                else:
+                    raise UserError(
+                        f"{path}, row group {start}, row {row}: found {type(value).__name__}, expected text in "
+                        f"{column!r}. Mend it, or use --errors skip."
+                    )
+                row += 1
+    except (ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}, row group {start}: cannot be read as Parquet: {error}") from None

@@ -14,7 +14,9 @@ import time
 
 import numpy as np
 import pytest
+import zstandard
 
+from hvdformer.data import prepare
 from hvdformer.data.shards import open_shards
 from tests import jobs
 
@@ -43,7 +45,6 @@ def text_of(seed, words):
 def inputs(tmp_path_factory):
     """Documents in every format, one jsonl of 9 MB so that it is cut into ranges, and what they are in order."""
     import pyarrow
-    import zstandard
     from pyarrow import parquet
 
     folder = tmp_path_factory.mktemp("inputs") / "in"
@@ -175,8 +176,8 @@ def test_what_is_complete_is_not_done_again(inputs, tmp_path):
     shutil.copytree(inputs[0], folder)
     (folder / "z.jsonl").write_text("{broken\n")
     made = []
-    for _ in range(2):
-        code, output = jobs.run("plain", 1, "prepare", "in", "--out", "out", cwd=tmp_path)
+    for launcher, np_ in (("plain", 1), ("mpirun", 2)):
+        code, output = jobs.run(launcher, np_, "prepare", "in", "--out", "out", cwd=tmp_path)
         assert code == 2 and "z.jsonl, line 1: does not parse as JSON" in output
         parts = (tmp_path / "out" / ".parts").glob("*.json")
         made.append({part.name: part.with_suffix(".tokens").stat().st_mtime_ns for part in parts})
@@ -193,11 +194,8 @@ BAD = [
     ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: has a int under 'text'"),
     ("a.jsonl", b"[1]\n", "a.jsonl, line 1: is a JSON list"),
     ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not UTF-8"),
-    (
-        "a.txt.gz",
-        gzip.compress(os.urandom(5000).hex().encode())[:-2000],
-        "a.txt.gz: cannot be decompressed",
-    ),
+    ("a.txt.gz", gzip.compress(bytes(range(97, 122)) * 99)[:-9], "a.txt.gz: cannot be decompressed"),
+    ("a.txt.zst", zstandard.compress(bytes(range(97, 122)) * 99)[:-9], "a.txt.zst: cannot be decompressed"),
     ("a.txt.xz", b"not xz at all", "a.txt.xz: cannot be decompressed"),
     ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as Parquet"),
     ("a.txt", b"", "the input holds no text"),
@@ -206,9 +204,9 @@ BAD = [
 
 @pytest.mark.parametrize(
     "launcher,np_,name,content,says",
-    # Inside one process all are told the same way; over MPI one that rank 0 meets, and one that any rank may meet.
-    [("plain", 1, *bad) for bad in BAD]
-    + [("mpirun", 2, *bad) for bad in BAD if bad[0] in ("a.txt.gz", "a.jsonl")],
+    # Inside one process all are told the same way; over MPI one that rank 0 meets, and ones that any rank may meet.
+    [("plain", 1, *bad) for bad in BAD] + [("mpirun", 2, *bad) for bad in (BAD[1], BAD[6], BAD[-1])],
+    ids=lambda value: None if isinstance(value, (str, int)) else "",
 )
 def test_bad_input_is_told_once_and_leaves_nothing_that_passes_for_whole(
     launcher, np_, name, content, says, tmp_path
@@ -222,7 +220,10 @@ def test_bad_input_is_told_once_and_leaves_nothing_that_passes_for_whole(
 
 def test_no_input_and_an_output_that_is_there(tmp_path):
     (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "image.png").write_bytes(b"")
     assert "no such input" in jobs.run("plain", 1, "prepare", "missing*", "--out", "out", cwd=tmp_path)[1]
+    assert "in: holds no file" in jobs.run("plain", 1, "prepare", "in", "--out", "out", cwd=tmp_path)[1]
     jobs.succeed("plain", 1, "prepare", "a.txt", "--out", "out", cwd=tmp_path)
     code, output = jobs.run("plain", 1, "prepare", "a.txt", "--out", "out", cwd=tmp_path)
     assert code == 2 and "is a data set already" in output
@@ -237,7 +238,7 @@ def test_errors_replace_and_skip(tmp_path):
     )
     assert documents_of(tmp_path / "skip") == ["one", "two"] and "skipped 3 documents" in output
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\\ud800x"}\n')
-    jobs.succeed(
+    output = jobs.succeed(
         "plain",
         1,
         "prepare",
@@ -251,6 +252,190 @@ def test_errors_replace_and_skip(tmp_path):
         cwd=tmp_path,
     )
     assert documents_of(tmp_path / "replace") == ["good \ufffd bad", "?x"]
+    assert "replaced what is not UTF-8 in 2 documents" in output
+
+
+def without_root(arguments, cwd):
+    """Run as somebody to whom permissions apply: root without the capabilities that override them, or who runs the test."""
+    command = jobs.command("plain", 1, *arguments)
+    if os.geteuid() == 0:
+        if not jobs.has("setpriv"):
+            pytest.skip("taking root's capabilities needs setpriv")
+        command = [
+            "setpriv",
+            "--bounding-set",
+            "-dac_override,-dac_read_search",
+            "--inh-caps",
+            "-all",
+            *command,
+        ]
+    done = subprocess.run(command, cwd=cwd, env=jobs.environment(), capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_no_permission(tmp_path):
+    for folder in ("in", "in/closed", "closed"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "in/closed/a.txt").write_text("text")
+    (tmp_path / "b.txt").write_text("text")
+    (tmp_path / "in/closed").chmod(0o000)
+    (tmp_path / "closed").chmod(0o555)
+    for inputs, out, says in (
+        ("b.txt", "closed/out", "closed/out cannot be written: Permission denied. Choose another --out."),
+        ("in", "out", "in/closed: cannot be read: Permission denied"),
+    ):
+        code, output = without_root(("prepare", inputs, "--out", out), tmp_path)
+        assert code == 2 and says in output and output.count("hvdformer: ") == 1, output
+    (tmp_path / "b.txt").chmod(0o000)
+    code, output = without_root(("prepare", "b.txt", "--out", "out"), tmp_path)
+    assert code == 2 and "b.txt: cannot be read: Permission denied" in output, output
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_two_at_once_on_the_same_folder(tmp_path):
+    """The first one waits for its standard input; killed, it leaves the folder to the next."""
+    (tmp_path / "a.txt").write_text("text")
+    command = jobs.command("plain", 1, "prepare", "-", "--out", "out")
+    first = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=jobs.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert "units" in first.stdout.readline()
+        code, output = jobs.run("mpirun", 2, "prepare", "a.txt", "--out", "out", cwd=tmp_path)
+        assert code == 2 and output.count("hvdformer: ") == 1, output
+        assert f"out: another preparation is at work there (process {first.pid} on " in output
+    finally:
+        first.kill()
+        first.communicate()
+    jobs.succeed("mpirun", 2, "prepare", "a.txt", "--out", "out", "--validation-fraction", "0", cwd=tmp_path)
+    assert documents_of(tmp_path / "out") == ["text"]
+    assert {"index.json", "tokenizer.json", "train-00000.bin"} == {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+
+
+def test_progress_sums_all_ranks(inputs, tmp_path):
+    program = (
+        "import sys; from hvdformer import cli; from hvdformer.data import prepare\n"
+        "prepare.Progress.LINE_SECONDS = 0.0; cli.main()"
+    )
+    command = [
+        *jobs.LAUNCHERS["mpirun"](3),
+        sys.executable,
+        "-c",
+        program,
+        "prepare",
+        "in",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        command, cwd=inputs[0].parent, env=jobs.environment(), capture_output=True, text=True, check=True
+    )
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("tokenized ")]
+    amounts = [float(line[1]) for line in lines]
+    assert amounts == sorted(amounts) and len(amounts) > 2
+    assert lines[-1][1] == lines[-1][3] != "0.0", "not the work of all ranks"
+
+
+def test_a_bar_on_a_terminal(inputs, tmp_path):
+    terminal, end = os.openpty()
+    try:
+        command = jobs.command("plain", 1, "prepare", str(inputs[0] / "e"), "--out", "out")
+        subprocess.run(command, cwd=tmp_path, env=jobs.environment(TERM="xterm"), stderr=end, check=True)
+        shown = os.read(terminal, 65536).decode()
+    finally:
+        os.close(terminal)
+        os.close(end)
+    assert "tokenized" in shown and "━" in shown and "kB" in shown
+
+
+def test_more_documents_than_are_held_in_memory(inputs, tmp_path, monkeypatch):
+    """Sorting by way of the disk gives what sorting in memory gives; without shuffling the first of equal ones stay."""
+    texts = [f"{number % 700} {number % 3}" for number in range(2000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = {}
+    for rows in (prepare._ROWS, 300):
+        monkeypatch.setattr(prepare, "_ROWS", rows)
+        for seed in (None, 1):
+            out = tmp_path / f"{rows}-{seed}"
+            options = prepare.Options("byte", "text", "strict", True, 0.0, seed, 1000)
+            prepare.prepare([str(tmp_path / "a.jsonl")], out, options, prepare.Ranks(), print)
+            made[rows, seed] = hashes(out)
+            if seed is None:
+                assert documents_of(out) == list(dict.fromkeys(texts))
+            else:
+                shuffled = documents_of(out)
+                assert sorted(shuffled) == sorted(set(texts)) and shuffled != list(dict.fromkeys(texts))
+    in_memory, by_disk = (list(made.values())[i : i + 2] for i in (0, 2))
+    assert in_memory == by_disk
+
+
+def test_inspect(inputs, tmp_path):
+    texts = ["short", "a text of middling length", "long " * 100, "x"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    jobs.succeed(
+        "plain",
+        1,
+        "prepare",
+        "a.jsonl",
+        "--out",
+        "out",
+        "--validation-fraction",
+        "0",
+        "--shard-tokens",
+        "20",
+        cwd=tmp_path,
+    )
+    described = json.loads(jobs.succeed("plain", 1, "inspect", "out", "--verify", cwd=tmp_path))
+    lengths = [len(text) + 1 for text in texts]  # bytes, and the end of the document
+    assert described["verified"] and described["sources"] == ["a.jsonl"] and described["vocab_size"] == 257
+    split = described["splits"]["train"]
+    assert split["tokens"] == sum(lengths) and split["documents"] == 4
+    assert split["longest_document"] == max(lengths)
+    assert split["median_document"] == float(np.median(lengths))
+    assert split["bytes_per_token"] == pytest.approx(sum(map(len, texts)) / sum(lengths))
+    assert split["shards"] > 1
+    assert [shown[:5] for shown in split["begins_with"]] == [text[:5] for text in texts[:3]]
+
+    shard = tmp_path / "out" / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(content)
+    jobs.succeed("plain", 1, "inspect", "out", cwd=tmp_path)
+    code, output = jobs.run("plain", 1, "inspect", "out", "--verify", cwd=tmp_path)
+    assert code == 2 and "train-00000.bin: its sha256 is not the one in index.json" in output
+    assert output.count("hvdformer: ") == 1
+
+
+@pytest.mark.parametrize("launcher,np_,damage", [("mpirun", 2, "cut short"), ("plain", 1, "deleted")])
+def test_a_data_set_that_is_damaged_while_a_run_reads_it(launcher, np_, damage, inputs, tmp_path):
+    """Reading a mapped file behind its end would kill the ranks without a word (SIGBUS)."""
+    jobs.succeed(
+        "plain", 1, "prepare", str(inputs[0]), "--out", "out", "--shard-tokens", "1000000", cwd=tmp_path
+    )
+    tiny = str(jobs.ROOT / "configs" / "tiny.yaml")
+    settings = ("data.path=out", "train.steps=1000000", "train.evaluate_every=0", "train.sample_tokens=0")
+    job = jobs.Job(jobs.command(launcher, np_, "train", tiny, *settings, "--run-dir", "run"), tmp_path)
+    try:
+        job.wait_for("step 7/")
+        for shard in (tmp_path / "out").glob("train-*.bin"):
+            if damage == "cut short":
+                os.truncate(shard, 4096)
+            else:
+                shard.unlink()
+        assert job.wait(30) == 1
+    finally:
+        job.end()
+    says = "has 4096 bytes now, expected" if damage == "cut short" else "No such file or directory"
+    assert says in job.output and "Bring it back or prepare the data again" in job.output, job.output
+    assert "Bus error" not in job.output and "Traceback" not in job.output, job.output
+    assert 1 <= job.output.count("hvdformer: ") <= np_, job.output
 
 
 def test_a_full_disk(inputs, tmp_path):
@@ -265,6 +450,10 @@ def test_a_full_disk(inputs, tmp_path):
         code, output = jobs.run("mpirun", 2, "prepare", str(inputs[0]), "--out", "disk/out", cwd=tmp_path)
         assert code == 1 and "No space left" in output and output.count("hvdformer: ") == 1
         assert not (disk / "out" / "index.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        jobs.succeed("plain", 1, "prepare", str(inputs[0]), "--out", "disk/out", cwd=tmp_path)
+        train, validation = documents_of(disk / "out"), documents_of(disk / "out", "validation")
+        assert sorted(train + validation) == sorted(inputs[1])
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdformer.data.partition import Blend, digest, example_ids, ids_at, local_micro_batches, permute
+from hvdformer.errors import UserError
 
 
 @given(num_examples=st.integers(1, 5000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
@@ -79,20 +80,32 @@ def test_the_digest_knows_the_order():
     assert digest(np.array([1, 2])) == digest(np.array([1, 2], dtype=np.int32))
 
 
-@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+@given(
+    weights=st.lists(st.integers(1, 999), min_size=1, max_size=6).filter(lambda w: sum(w) < 2**16),
+    scale=st.sampled_from([1, 10, 1000]),
+)
 @settings(max_examples=300, deadline=None)
-def test_a_blend_is_within_one_example_of_its_shares_at_every_position(weights):
-    weights = [max(weight, sum(weights) / 1000) for weight in weights]  # no share below 1/4096
-    blend = Blend(weights)
-    positions = np.arange(3 * 4096)
+def test_a_blend_is_within_one_example_of_its_shares_at_every_position(weights, scale):
+    blend = Blend([weight / scale for weight in weights])
+    positions = np.arange(3 * 4096) + 10**6  # anywhere: nothing adds up on the way
     sources, within = blend.at(positions)
-    for index, count in enumerate(blend.counts):
-        given_so_far = np.cumsum(sources == index)
-        assert np.abs(given_so_far - (positions + 1) * count / 4096).max() <= 1
+    total = sum(weights)
+    for index, weight in enumerate(weights):
+        assert (
+            np.abs((positions[sources == index] + 1) * weight - total * (within[sources == index] + 1)).max(
+                initial=0
+            )
+            <= total
+        )
+        given_so_far = within[sources == index]
         assert np.array_equal(
-            within[sources == index], np.arange((sources == index).sum())
+            np.diff(given_so_far), np.ones(max(len(given_so_far) - 1, 0))
         )  # none skipped or twice
-    assert np.abs(blend.counts / 4096 - np.array(weights) / sum(weights)).max() <= 1 / 4096
+
+
+def test_a_blend_of_unwieldy_weights_is_refused_with_what_would_do():
+    with pytest.raises(UserError, match=r"repeat only after .* such as 0\.111, 0\.889"):
+        Blend([0.12345678, 0.98765432])
 
 
 def test_ids_at_equals_example_ids():

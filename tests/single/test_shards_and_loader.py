@@ -35,7 +35,9 @@ def make(folder, shards, vocab_size=257):
     tokenizer = Tokenizer.byte()
     (folder / "tokenizer.json").write_text(tokenizer.to_json())
     entries = tuple(
-        write_shard(folder / f"train-{n:05d}.bin", (np.array(d) for d in documents), token_dtype(vocab_size))
+        write_shard(
+            folder / f"train-{n:05d}.bin", ((np.array(d), True) for d in documents), token_dtype(vocab_size)
+        )
         for n, documents in enumerate(shards)
     )
     splits = {"train": SplitEntry(text_bytes=sum(e.tokens for e in entries), shards=entries)}
@@ -107,6 +109,51 @@ def test_ranks_share_the_micro_batches_of_the_same_step(numbered):
         assert alone.step_ids(position).tolist() == ids.tolist()
     for loader in (alone, *ranks):
         loader.close()
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=4),
+    context_length=st.integers(1, 30),
+    micro_batch=st.integers(1, 3),
+    step=st.integers(0, 20),
+)
+@settings(max_examples=60, deadline=None)
+def test_batches_hold_what_a_loop_over_the_tokens_finds(
+    tmp_path_factory, documents, context_length, micro_batch, step
+):
+    """documents: their lengths, for each shard."""
+    folder = tmp_path_factory.mktemp("loop")
+    first, shards = 0, []
+    for lengths in documents:
+        shards.append(
+            [range(first + sum(lengths[:i]), first + sum(lengths[: i + 1])) for i in range(len(lengths))]
+        )
+        first += sum(lengths)
+    sequences = Sequences(open_shards(make(folder, shards)), context_length)
+    if len(sequences):
+        numbers = np.concatenate(
+            [np.full(n, i) for i, n in enumerate(n for shard in documents for n in shard)]
+        )
+        loader = BatchLoader(
+            [sequences],
+            weights=[1.0],
+            seed=5,
+            micro_batch=micro_batch,
+            num_micro_batches=3,
+            rank=1,
+            size=2,
+            document_mask=True,
+            shuffle=True,
+            device=CPU,
+        )
+        (found,) = loader.step(step * 3 * micro_batch)
+        loader.close()
+        ids = example_ids(step * 3 * micro_batch + 2 * micro_batch, micro_batch, len(sequences), seed=5)
+        for row, index in enumerate(ids * context_length):
+            window = slice(index, index + context_length + 1)
+            assert found.tokens[row].tolist() == list(range(first))[window]
+            assert found.segments[row].tolist() == (numbers[window] - numbers[index]).tolist()
+    shutil.rmtree(folder)
 
 
 def test_an_error_of_the_reading_thread_is_raised_in_the_training_thread(numbered, monkeypatch):
@@ -212,7 +259,7 @@ def test_a_full_disk_leaves_no_shard_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(RunError, match="No space left"):
-        write_shard(tmp_path / "train-00000.bin", [np.arange(10)], token_dtype(257))
+        write_shard(tmp_path / "train-00000.bin", [(np.arange(10), True)], token_dtype(257))
     assert list(tmp_path.iterdir()) == []
 
 
