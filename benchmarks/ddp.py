@@ -21,7 +21,7 @@ from hvdformer.config import load_config
 from hvdformer.data.loader import BatchLoader, Sequences
 from hvdformer.data.shards import open_shards
 from hvdformer.data.standard_library import prepare_standard_library
-from hvdformer.optim import build_optimizer, clip_by_global_norm, learning_rate
+from hvdformer.optim import build_optimizer, learning_rate
 from hvdformer.precision import autocast
 from hvdformer.tasks import causal_lm
 
@@ -65,7 +65,7 @@ def main(overrides: list[str]) -> None:
                 (loss * size / targets).backward()  # DDP divides by the number of ranks
                 loss_sum += loss.detach()
         dist.all_reduce(loss_sum)
-        clip_by_global_norm(parameters, config.optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, train.steps, step)
         optimizer.step()

@@ -91,6 +91,26 @@ class TrainConfig(Section):
     final_evaluate_sequences: int = Field(
         0, ge=0, description="Sequences used by the last validation; 0: all."
     )
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A loss or gradient that is infinite or NaN ends the run, or its step changes nothing on any rank.",
+    )
+    stall_timeout_seconds: float = Field(
+        300, ge=2, description="A job in which nothing moves for this long is ended, with the rank named."
+    )
+    check_replicas_every: int = Field(
+        100,
+        ge=0,
+        description="Steps between two comparisons of all ranks' weights; 0: only at start and end.",
+    )
+    max_minutes: float | None = Field(
+        None, gt=0, description="After this long the run saves and stops, to go on when it is started again."
+    )
+    max_spike_sigma: float | None = Field(
+        None,
+        gt=0,
+        description="Leave out a step whose gradient norm is this many standard deviations above the latest ones.",
+    )
     sample_tokens: int = Field(256, ge=0, description="Tokens of sample text at the end; 0: none.")
     sample_prompt: str = Field("def ", description="What the sample text begins with.")
 
@@ -117,18 +137,53 @@ class OptimConfig(Section):
 class FusionConfig(Section):
     """How the results of the ranks become one model."""
 
-    kind: Literal["allreduce"] = Field("allreduce", description="allreduce: sum the gradients of all ranks.")
-    wire: Literal["fp32", "fp16"] = Field("fp32", description="Number format of gradients on the network.")
+    kind: Literal["allreduce", "adasum", "exact", "local_sgd", "diloco", "zero1"] = Field(
+        "allreduce", description="See docs/fusion.md: what each sends, keeps and is good for."
+    )
+    wire: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="allreduce only: number format of gradients on the network."
+    )
     bucket_mib: float = Field(
         2.0, gt=0, description="Gradients are reduced in fixed buckets of about this many MiB."
     )
+    every: int | None = Field(
+        None, ge=1, description="local_sgd and diloco: steps between two fusions; null: 50."
+    )
+    outer_learning_rate: float | None = Field(
+        None, gt=0, description="diloco: of the outer optimizer; null: 0.7."
+    )
+    outer_momentum: float | None = Field(
+        None, ge=0, lt=1, description="diloco: Nesterov momentum of the outer optimizer; null: 0.9."
+    )
+
+    def resolved(self) -> FusionConfig:
+        """With what null stands for filled in."""
+        update: dict[str, Any] = {}
+        if self.kind in LOCAL_KINDS:
+            update["every"] = self.every or 50
+        if self.kind == "diloco":
+            update["outer_learning_rate"] = self.outer_learning_rate or 0.7
+            update["outer_momentum"] = 0.9 if self.outer_momentum is None else self.outer_momentum
+        return self.model_copy(update=update)
+
+
+LOCAL_KINDS = ("local_sgd", "diloco")  # the ranks train apart between two fusions
 
 
 class CheckpointConfig(Section):
     """When the whole state is saved. The last step always is."""
 
     every: int = Field(100, ge=0, description="Steps between two checkpoints; 0: only at the end.")
-    keep_last: int = Field(2, ge=1, description="How many checkpoints are kept.")
+    background: bool = Field(
+        True, description="Write while training goes on: a step waits for the copy in memory only."
+    )
+    keep_last: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
+    keep_every: int | None = Field(
+        None, ge=1, description="Checkpoints of steps that are multiples of this are kept too."
+    )
+    keep_best: int = Field(
+        0, ge=0, description="How many of those with the lowest validation loss are kept too."
+    )
 
 
 class Config(Section):
@@ -142,6 +197,15 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
+class FaultsFound(UserError):
+    """Settings with faults: all of them, one a line, each with its key path."""
+
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__(f"{source}: {count} found\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
 # Settings that may differ when a run folder is continued: they change what is reported, saved or where it
 # runs, and no number of the training itself.
 FREE_ON_RESUME = frozenset(
@@ -151,7 +215,13 @@ FREE_ON_RESUME = frozenset(
         "train.sample_tokens",
         "train.sample_prompt",
         "checkpoint.every",
+        "checkpoint.background",
         "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "checkpoint.keep_best",
+        "train.stall_timeout_seconds",
+        "train.check_replicas_every",
+        "train.max_minutes",
     }
 )
 
@@ -265,8 +335,7 @@ def _checked(tree: dict[str, Any], faults: list[str], source: str) -> Config:
     if config is not None:
         faults = faults + list(_contradictions(config))
     if faults:
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"{source}: {count} found\n" + "\n".join(f"  {fault}" for fault in faults))
+        raise FaultsFound(source, faults)
     assert config is not None
     return config
 
@@ -304,6 +373,7 @@ def _nearest(location: tuple[Any, ...]) -> str | None:
 def _contradictions(config: Config) -> Iterator[str]:
     """Settings that are each well-formed but impossible or without effect together."""
     model, data, train, optim = config.model, config.data, config.train, config.optim
+    yield from _fusion_contradictions(config)
     if model.width % model.heads:
         yield f"model.heads is {model.heads} but model.width is {model.width}: heads must divide width"
     elif model.positions == "rotary" and (model.width // model.heads) % 2:
@@ -324,6 +394,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if train.precision == "fp16" and train.device == "cpu":
         yield "train.precision=fp16 needs a GPU: on a CPU use bf16 or fp32"
+    keep_every, every = config.checkpoint.keep_every, config.checkpoint.every
+    if keep_every is not None and (every == 0 or keep_every % every):
+        yield (
+            f"checkpoint.keep_every is {keep_every} but checkpoint.every is {every}: make it a multiple, so that there is "
+            "a checkpoint to keep"
+        )
     if optim.warmup_steps > train.steps:
         yield (
             f"optim.warmup_steps is {optim.warmup_steps} but train.steps is {train.steps}: "
@@ -342,6 +418,34 @@ def _contradictions(config: Config) -> Iterator[str]:
                 f"optim.warmup_steps + optim.decay_steps is {optim.warmup_steps + optim.decay_steps} but train.steps "
                 f"is {train.steps}: lower one of them or raise steps"
             )
+
+
+def _fusion_contradictions(config: Config) -> Iterator[str]:
+    fusion = config.fusion
+    if fusion.wire != "fp32" and fusion.kind != "allreduce":
+        yield (
+            f"fusion.wire={fusion.wire} has no effect with fusion.kind={fusion.kind}: remove it, or use allreduce"
+        )
+    if fusion.every is not None and fusion.kind not in LOCAL_KINDS:
+        yield (
+            f"fusion.every has no effect with fusion.kind={fusion.kind}, which fuses in every step: remove it, or "
+            f"use {' or '.join(LOCAL_KINDS)}"
+        )
+    for key in ("outer_learning_rate", "outer_momentum"):
+        if getattr(fusion, key) is not None and fusion.kind != "diloco":
+            yield f"fusion.{key} has no effect with fusion.kind={fusion.kind}: remove it, or use diloco"
+    if fusion.kind in LOCAL_KINDS:
+        every = fusion.resolved().every
+        assert every is not None
+        for key, value in (
+            ("train.evaluate_every", config.train.evaluate_every),
+            ("checkpoint.every", config.checkpoint.every),
+        ):
+            if value % every:
+                yield (
+                    f"{key} is {value} but fusion.every is {every}: only a fused model is evaluated or saved, so make "
+                    f"{key} a multiple of it"
+                )
 
 
 def check_world_size(config: Config, size: int) -> None:

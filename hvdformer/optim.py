@@ -1,9 +1,9 @@
-"""AdamW, its learning-rate schedule and clipping by the global norm."""
+"""AdamW and its learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -50,16 +50,3 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
     if config.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return peak + (floor - peak) * progress
-
-
-@torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: leave them); the norm before it.
-
-    The scale is applied on the device without asking the host, as in torch.nn.utils.clip_grad_norm_.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if max_norm > 0:
-        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return norm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,3 +31,35 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(
         device.type, dtype=DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES
     )
+
+
+class LossScale:
+    """What an fp16 loss is multiplied by so that its gradients don't vanish (arXiv 1710.03740, section 3.2).
+
+    Halved after a gradient that is not finite, whose step is left out, and doubled after 2,000 good steps.
+    torch.amp.GradScaler asks each rank's own gradients; here the norm decides, which all ranks have agreed on.
+    """
+
+    def __init__(self, is_enabled: bool) -> None:
+        self.is_enabled = is_enabled
+        self.value = 2.0**16 if is_enabled else 1.0
+        self._good_steps = 0
+
+    def accepts(self, norm: float) -> bool:
+        """Whether the gradients of this norm may be applied; adapts the scale. Without a scale: always."""
+        if not self.is_enabled:
+            return True
+        is_finite = math.isfinite(norm)
+        self._good_steps = self._good_steps + 1 if is_finite else 0
+        if not is_finite:
+            self.value /= 2
+        elif self._good_steps == 2000:
+            self.value, self._good_steps = self.value * 2, 0
+        return is_finite or self.value < 1  # so small a scale is not what made them infinite
+
+    def to_dict(self) -> dict[str, Any] | None:
+        return {"scale": self.value, "good_steps": self._good_steps} if self.is_enabled else None
+
+    def load_dict(self, values: dict[str, Any] | None) -> None:
+        if self.is_enabled and values is not None and {"scale", "good_steps"} <= values.keys():
+            self.value, self._good_steps = float(values["scale"]), int(values["good_steps"])

@@ -13,11 +13,16 @@ from collections.abc import Sequence
 import torch
 
 from hvdformer.config import FusionConfig
-from hvdformer.distributed.buckets import Bucket
+from hvdformer.distributed.buckets import Bucket, Watch
+from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share
+
+# Gradients of a mean over many targets are tiny, and fp16 ends at 6e-8: as numbers of about 1 they keep their bits.
+# A sum above 64 (fp16 ends at 65,504) becomes infinite, which the gradient norm shows.
+_FP16_SCALE = 1024.0
 
 
-class AllreduceFusion:
-    """Wraps an optimizer of buckets so that their gradients are summed over all ranks before the update.
+class AllreduceFusion(Fusion):
+    """Horovod's DistributedOptimizer over the buckets.
 
     The buckets are fixed. What Horovod fuses by itself depends on arrival times, and at three or more ranks
     floating-point sums depend on what is fused (Horovod issue 2642), so tuning.py turns it off
@@ -25,54 +30,50 @@ class AllreduceFusion:
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        buckets: Sequence[Bucket],
-        settings: FusionConfig,
-        backward_passes: int,
+        self, settings: FusionConfig, buckets: Sequence[Bucket], make_optimizer: MakeOptimizer, share: Share
     ) -> None:
-        """Every rank calls this with the same buckets.
-
-        backward_passes: micro-batches of this rank in a step; ranks may differ.
-        """
         import horovod.torch as hvd
 
-        self._buckets = buckets
-        self._fills = [backward_passes * len(bucket.parameters) for bucket in buckets]
-        self._missing = list(self._fills)  # gradients still to come until a bucket is full
+        super().__init__(settings, buckets, make_optimizer, share)
+        self._bytes_a_number = 2 if settings.wire == "fp16" else 4
         self.optimizer = hvd.DistributedOptimizer(
-            optimizer,
+            self.optimizer,
             named_parameters=[(f"bucket {number}", bucket.flat) for number, bucket in enumerate(buckets)],
-            compression=hvd.Compression.fp16 if settings.wire == "fp16" else hvd.Compression.none,
+            compression=_Fp16 if settings.wire == "fp16" else hvd.Compression.none,
             op=hvd.Sum,
         )
-        if hvd.size() > 1:  # alone there is nothing to reduce, and DistributedOptimizer reduces nothing
-            for number, bucket in enumerate(buckets):
-                for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(
-                        lambda _, number=number: self._filled(number)
-                    )
+        if share.size > 1:  # alone there is nothing to reduce, and DistributedOptimizer reduces nothing
+            self._watch = Watch(buckets, share.micro_batches, self._start)
 
-    def _filled(self, number: int) -> None:
-        """One more gradient of a bucket is there; with the last one, start its allreduce.
+    def _start(self, number: int) -> None:
+        """Start the allreduce of a bucket that backward has filled.
 
         DistributedOptimizer does this in hooks on its own parameters, but the buckets are no part of the graph. What
         is not started here, `synchronize` starts.
         """
-        self._missing[number] -= 1
-        if self._missing[number] == 0:
-            flat = self._buckets[number].flat
-            self.optimizer._handles[flat] = self.optimizer._allreduce_grad_async(flat)
+        flat = self.buckets[number].flat
+        self.optimizer._handles[flat] = self.optimizer._allreduce_grad_async(flat)
 
-    def reduce(self) -> None:
-        """Wait until every gradient is the sum over all ranks. Each rank calls it once a step, after backward."""
+    def reduce(self, scale: float) -> bool:
+        """Wait until every gradient is the sum over all ranks."""
         self.optimizer.synchronize()
-        self._missing = list(self._fills)
+        if self._watch:
+            self._watch.reset()
+        self._count_allreduce(sum(bucket.flat.numel() for bucket in self.buckets) * self._bytes_a_number)
+        return True
 
-    def update(self, scaler: torch.amp.GradScaler) -> None:
-        """Apply the reduced (and possibly clipped) gradients, then clear them."""
+    def _step(self, learning_rate: float) -> None:
         with self.optimizer.skip_synchronize():  # reduce() has run: without this they would be summed twice
-            scaler.step(self.optimizer)
-        for bucket in self._buckets:
-            bucket.flat.grad = bucket.gradient  # with fp16 on the wire the reduced gradient is another tensor
-            bucket.gradient.zero_()
+            super()._step(learning_rate)
+
+
+class _Fp16:
+    """Horovod's interface of a compressor; its own leaves the sum in a new tensor, which the model would not see."""
+
+    @staticmethod
+    def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (tensor * _FP16_SCALE).half(), tensor
+
+    @staticmethod
+    def decompress(tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        return original.copy_(tensor).div_(_FP16_SCALE)

@@ -6,12 +6,15 @@ JSON, never as pickles.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -34,6 +37,7 @@ class World:
     controller: str  # "MPI" or "Gloo"
     operations: str  # library that moves CPU tensors: "MPI" or "Gloo"
     choices: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+    is_elastic: bool = False  # ranks may leave and join: elastic.py
 
     @property
     def is_first(self) -> bool:
@@ -49,32 +53,54 @@ class Agreed(Exception):
         self.exit_code = exit_code
 
 
+class WorldChanged(Exception):
+    """Hosts have come or gone: every rank of an elastic job raises it after the same step, and connects anew."""
+
+
 def connect(*, on_gpu: bool = False) -> World:
-    """Start Horovod, tuned for this machine. Every process of the job calls it once, before anything else here.
+    """Start Horovod, tuned for this machine. Every process of the job calls it, before anything else here.
+
+    Called once; of an elastic job again, after `disconnect`, whenever its ranks have changed.
 
     Raises:
+        WorldChanged: of an elastic job, another rank has gone in the meantime.
         UserError: Horovod is missing or built for another torch; or a launcher started several processes that
             Horovod sees as one each.
     """
     launch = launcher.detect(os.environ)
     if launch is not None and launch.launcher == "torchrun" and launch.size > 1:
         raise UserError(launcher.explain_separate_runs(launch))
+    is_elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+    if is_elastic and tuning.CRASHES_WHEN_ELASTIC in os.environ:
+        raise UserError(
+            f"{tuning.CRASHES_WHEN_ELASTIC} is set, but with it Horovod 0.28.1 crashes when the ranks of an elastic job "
+            "change: unset it, and start horovodrun without --cycle-time-ms"
+        )
     choices = tuning.apply(os.environ, launch, on_gpu=on_gpu)
+    _check_own_name(launch)
     try:
         import horovod.torch as hvd
     except ImportError as error:
         raise UserError(
             f"Horovod cannot be loaded ({error}). Build it for this environment with `hvdformer build-horovod`."
         ) from error
+    _hosts.have_changed = False
+    sockets_before = _open_sockets()
     try:
         hvd.init()
     except (
         Exception
     ) as error:  # Horovod raises whatever its C++ side met; all of it means that the job can't start.
+        if is_elastic:
+            raise WorldChanged from error  # a rank has gone in the meantime
         raise RunError(
             f"Horovod did not start: {error}. `hvdformer doctor` says what it was built with."
         ) from error
-    if launch is not None and launch.size > 1 and hvd.size() == 1:
+    if is_elastic:
+        _horovods_sockets.clear()
+        _horovods_sockets.update(_open_sockets().items() - sockets_before.items())
+        _hosts.watch()
+    elif launch is not None and launch.size > 1 and hvd.size() == 1:
         raise UserError(launcher.explain_separate_runs(launch))
     operations = "MPI" if os.environ.get("HOROVOD_CPU_OPERATIONS", "").lower() == "mpi" else "Gloo"
     if "HOROVOD_CPU_OPERATIONS" not in os.environ:
@@ -87,11 +113,34 @@ def connect(*, on_gpu: bool = False) -> World:
         controller="MPI" if hvd.mpi_enabled() else "Gloo",
         operations=operations,
         choices=choices,
+        is_elastic=is_elastic,
     )
     if on_gpu:
         # Before any other CUDA call: otherwise every rank of the node opens a context on GPU 0.
         torch.cuda.set_device(world.local_rank)
     return world
+
+
+def _check_own_name(launch: launcher.Launch | None) -> None:
+    """Gloo looks up the address of its host's own name, and ends the process by an abort if there is none.
+
+    Raises:
+        UserError: Gloo is going to be used and the name has no address. One rank of the host tells it.
+    """
+    uses = {os.environ.get(name, "").lower() for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")}
+    if "gloo" not in uses:
+        return
+    try:
+        socket.getaddrinfo(host_name(), None)
+    except OSError as error:
+        if launch is not None and launch.local_rank:
+            time.sleep(5)  # the launcher ends this rank when the one that speaks has gone
+            abort(UserError.exit_code)
+        raise UserError(
+            f"the name of this host, {host_name()}, has no address ({error.strerror}), and Gloo needs it: add a line "
+            f"'ADDRESS {host_name()}' to /etc/hosts (127.0.1.1 will do for ranks on this host alone), or start with "
+            "mpirun or horovodrun --mpi"
+        ) from None
 
 
 def disconnect() -> None:
@@ -101,6 +150,39 @@ def disconnect() -> None:
     hvd.shutdown()
 
 
+def disconnect_from_broken_job() -> None:
+    """Leave an elastic job whose collectives have failed, so that the other ranks notice at once.
+
+    They may be waiting for data from this rank, not from the one that is gone, and Gloo would have them wait for 30 s:
+    Horovod's shutdown leaves the connections open until the next start.
+    """
+    for descriptor, identity in _horovods_sockets.items():
+        try:
+            if os.readlink(f"/proc/self/fd/{descriptor}") == identity:
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue  # closed, or one that listens
+    _horovods_sockets.clear()
+    disconnect()
+
+
+_horovods_sockets: dict[int, str] = {}  # {descriptor: identity}
+
+
+def _open_sockets() -> dict[int, str]:
+    """{descriptor: identity} of this process's sockets; empty where there is no /proc."""
+    found = {}
+    for entry in Path("/proc/self/fd").glob("*"):
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            found[int(entry.name)] = target
+    return found
+
+
 def abort(exit_code: int) -> NoReturn:
     """End this process at once, without waiting for the others: their launcher ends them when it sees this one go."""
     sys.stdout.flush()
@@ -108,51 +190,110 @@ def abort(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+class _Hosts:
+    """Listens to the driver of an elastic job, which tells rank 0 of hosts that have come or gone."""
+
+    def __init__(self) -> None:
+        self.have_changed = False
+        self._is_watching = False
+
+    def watch(self) -> None:
+        """Begin to listen; once in a process."""
+        if not self._is_watching:
+            from horovod.common.elastic import notification_manager
+
+            notification_manager.init()
+            notification_manager.register_listener(self)
+            self._is_watching = True
+
+    def on_hosts_updated(self, timestamp: int, change: int) -> None:
+        """Horovod's name for what it calls, on a thread of its own."""
+        self.have_changed = True
+
+
+_hosts = _Hosts()
+
+
+def hosts_have_changed() -> bool:
+    """Whether this rank has been told that hosts have come or gone since it connected."""
+    return _hosts.have_changed
+
+
+def horovod_version() -> str:
+    """The version of the Horovod that was loaded."""
+    import horovod
+
+    return horovod.__version__
+
+
 def host_name() -> str:
     """The name of this host, for messages."""
     return socket.gethostname()
 
 
-def sum_over_ranks(values: Iterable[float], name: str) -> list[float]:
-    """Sum a few float64 numbers over all ranks: sums and counts, never means."""
+def sum_over_ranks(values: Iterable[int], name: str) -> list[int]:
+    """Sum a few integers over all ranks: exactly, so in any order. Every rank calls it."""
     return wait(sum_over_ranks_async(values, name)).tolist()
 
 
-def sum_over_ranks_async(values: Iterable[float], name: str) -> int:
+def sum_over_ranks_async(values: Iterable[int], name: str) -> int:
     """Begin `sum_over_ranks`, so that it travels together with other tensors; `wait` gives the sums."""
     import horovod.torch as hvd
 
-    return hvd.allreduce_async_(torch.tensor(list(values), dtype=torch.float64), name=name, op=hvd.Sum)
+    return hvd.allreduce_async_(torch.tensor(list(values), dtype=torch.int64), name=name, op=hvd.Sum)
 
 
 def wait(handle: int) -> torch.Tensor:
     """The result of a collective that was begun with an `_async` function."""
     import horovod.torch as hvd
 
-    return hvd.synchronize(handle)
+    with _waiting("the sums of the step"):
+        return hvd.synchronize(handle)
 
 
-def broadcast_tensors(named: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
-    """Overwrite each tensor by rank 0's, in place. All ranks pass the same names, shapes and dtypes."""
+_waits: list[str] = []
+
+
+@contextlib.contextmanager
+def _waiting(name: str) -> Iterator[None]:
+    """Within it this rank waits for others, in the collective of this name."""
+    _waits.append(name)
+    try:
+        yield
+    finally:
+        _waits.pop()
+
+
+def waiting_for() -> str | None:
+    """The collective in which this rank waits for others; asked from another thread."""
+    return next(iter(_waits[-1:]), None)
+
+
+def broadcast_tensors(named: Iterable[tuple[str, torch.Tensor]], name: str, root: int = 0) -> None:
+    """Overwrite each tensor by that of rank `root`, in place. All ranks pass the same names, shapes and dtypes."""
     import horovod.torch as hvd
 
-    handles = [hvd.broadcast_async_(tensor, 0, name=f"{name}.{key}") for key, tensor in named]
-    for handle in handles:
-        hvd.synchronize(handle)
+    handles = [hvd.broadcast_async_(tensor, root, name=f"{name}.{key}") for key, tensor in named]
+    with _waiting(name):
+        for handle in handles:
+            hvd.synchronize(handle)
 
 
-def broadcast_json(value: Any, name: str) -> Any:
-    """Rank 0's value on every rank; what the others pass is ignored. Anything that JSON can hold."""
+def broadcast_json(value: Any, name: str, root: int = 0) -> Any:
+    """The value of rank `root` on every rank; what the others pass is ignored. Anything that JSON can hold."""
     import horovod.torch as hvd
 
     data = (
         np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-        if hvd.rank() == 0
+        if hvd.rank() == root
         else np.empty(0, np.uint8)
     )
-    length = hvd.broadcast(torch.tensor([len(data)], dtype=torch.int64), 0, name=f"{name}.length")
-    buffer = torch.from_numpy(data.copy()) if hvd.rank() == 0 else torch.empty(int(length), dtype=torch.uint8)
-    return json.loads(hvd.broadcast(buffer, 0, name=f"{name}.bytes").numpy().tobytes())
+    with _waiting(name):
+        length = int(hvd.broadcast(torch.tensor([len(data)], dtype=torch.int64), root, name=f"{name}.length"))
+        buffer = (
+            torch.from_numpy(data.copy()) if hvd.rank() == root else torch.empty(length, dtype=torch.uint8)
+        )
+        return json.loads(hvd.broadcast(buffer, root, name=f"{name}.bytes").numpy().tobytes())
 
 
 def gather_json(value: Any, name: str) -> list[Any]:
@@ -160,8 +301,9 @@ def gather_json(value: Any, name: str) -> list[Any]:
     import horovod.torch as hvd
 
     data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
-    lengths = hvd.allgather(torch.tensor([len(data)], dtype=torch.int64), name=f"{name}.lengths").tolist()
-    gathered = hvd.allgather(data, name=f"{name}.bytes").numpy().tobytes()
+    with _waiting(name):
+        lengths = hvd.allgather(torch.tensor([len(data)], dtype=torch.int64), name=f"{name}.lengths").tolist()
+        gathered = hvd.allgather(data, name=f"{name}.bytes").numpy().tobytes()
     ends = np.cumsum(lengths).tolist()
     return [json.loads(gathered[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
 
@@ -208,20 +350,26 @@ def _settle(outcome: dict[str, Any] | None, result: Any, outcomes: list[dict[str
     if len(failed) == len(outcomes) and len(by_message) == 1:
         message = next(iter(by_message))
     else:
-        message = "\n".join(f"on {_ranks(ranks)}: {text}" for text, ranks in by_message.items())
+        message = "\n".join(f"on {ranks(numbers)}: {text}" for text, numbers in by_message.items())
     raise Agreed(message, max(failure["exit_code"] for _, failure in failed))
 
 
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+def ranks(numbers: list[int]) -> str:
+    """ "rank 1", or "ranks 1, 2, 5", for messages."""
+    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}"
+
+
+def rank() -> int:
+    """This process's rank in a job that was joined."""
+    import horovod.torch as hvd
+
+    return hvd.rank()
 
 
 def is_first() -> bool:
     """Whether this is rank 0 of a job that was joined."""
-    import horovod.torch as hvd
-
-    return hvd.rank() == 0
+    return rank() == 0
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ def usable_cores() -> int:
     return cores
 
 
-def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
+def choose(launch: Launch | None, *, cores: int, on_gpu: bool, is_elastic: bool = False) -> list[Choice]:
     """The settings worth having for this launcher, device and number of cores, each with its reason. Pure.
 
     cores: cores that the ranks of this node share, as `usable_cores` counts them.
@@ -55,8 +55,8 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
             "the buckets are ours: they keep their composition, so that the same run gives the same bits, and no copies",
         ),
     ]
-    if on_gpu:
-        return choices
+    if on_gpu or is_elastic:
+        return choices  # elastic: see CRASHES_WHEN_ELASTIC
     crowded = launch.local_size is None or launch.local_size >= cores
     if crowded and launch.launcher.startswith(("mpirun", "srun")):
         ranks = f"{launch.local_size or 'all'} ranks on {cores} cores"
@@ -72,13 +72,23 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool) -> list[Choice]:
     return choices
 
 
+# Horovod 0.28.1 keeps what these two fix when it is started again in the same process, and then writes its defaults
+# past the end of the vector that is left: parameter_manager.cc, BayesianParameter::SetValue. One of them alone is well.
+CRASHES_WHEN_ELASTIC = "HOROVOD_CYCLE_TIME"
+
+
 def apply(
     environment: MutableMapping[str, str], launch: Launch | None, *, on_gpu: bool
 ) -> tuple[Choice, ...]:
     """Put the chosen settings into the environment, but for those that are set already. Returns the ones put in."""
     chosen = [
         choice
-        for choice in choose(launch, cores=usable_cores(), on_gpu=on_gpu)
+        for choice in choose(
+            launch,
+            cores=usable_cores(),
+            on_gpu=on_gpu,
+            is_elastic=environment.get("HOROVOD_ELASTIC") == "1",
+        )
         if choice[0] not in environment
     ]
     environment.update((name, value) for name, value, _ in chosen)

@@ -1,4 +1,4 @@
-"""Run tests/parallel inside real ranks, at sizes 2 and 3, over MPI and over Gloo."""
+"""Run tests/parallel inside real ranks, at sizes 2 to 4, over MPI and over Gloo."""
 
 import sys
 
@@ -7,8 +7,10 @@ import pytest
 from tests import jobs
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
-@pytest.mark.parametrize("np", [2, 3])
+@pytest.mark.parametrize(
+    "launcher,np",
+    [("mpirun", 2), ("mpirun", 3), ("mpirun", 4), ("horovodrun-gloo", 2), ("horovodrun-gloo", 3)],
+)
 def test_parallel_suite(launcher, np, tmp_path):
     pytest_command = [
         sys.executable,
