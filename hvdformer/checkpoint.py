@@ -12,21 +12,25 @@ A checkpoint is written under a temporary name, synced and then renamed, by one 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hvdformer.config import Config, config_from_dict
+from hvdformer import faults
+from hvdformer.config import CheckpointConfig, Config, config_from_dict
+from hvdformer.distributed import watchdog
 from hvdformer.errors import RunError, UserError
 from hvdformer.state import TrainState, tensors_sha256
 
@@ -54,6 +58,7 @@ class StoredState(BaseModel):
     position: int = Field(ge=0)
     tokens: int = Field(ge=0)
     train_seconds: float = Field(ge=0)
+    total_bytes_sent: int = Field(0, ge=0)
     loss_scaler: dict[str, float] | None
     config: dict[str, Any]
     world_size: int = Field(ge=1)
@@ -61,72 +66,125 @@ class StoredState(BaseModel):
     weights_sha256: str
     versions: dict[str, str]
     validation: dict[str, float] | None = None
+    validation_step: int | None = None
+    gradient_norms: dict[str, float] | None = None
+    exact_scales: dict[str, Annotated[int, Field(ge=-200, le=200)]] | None = None
 
 
 class Damaged(Exception):
     """A checkpoint that is not what was written: the message says which file and how."""
 
 
-def save(
-    folder: Path,
-    state: TrainState,
-    tokenizer_json: str,
-    facts: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Write the state as `folder`/step-NNNNNNNN, then remove all but the newest `keep_last`. One process calls it.
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the whole state in memory, which training does not touch any more."""
 
-    facts: what else goes into state.json (config, world size, versions, ...).
+    step: int
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    tokenizer_json: str
+    content: dict[str, Any]  # of state.json, but for the hash of the weights
+
+
+def snapshot(state: TrainState, tokenizer_json: str, facts: dict[str, Any]) -> Snapshot:
+    """Copy the state; facts: what else goes into state.json (config, world size, versions, ...)."""
+    # Copies also because safetensors takes no views of one memory, and the tensors of a bucket are.
+    return Snapshot(
+        state.counters.step,
+        {name: tensor.cpu().clone() for name, tensor in state.weights()},
+        {name: tensor.cpu().clone() for name, tensor in state.optimizer_tensors()},
+        tokenizer_json,
+        {**facts, "format_version": FORMAT_VERSION, **state.to_dict()},
+    )
+
+
+def save(
+    folder: Path, state: TrainState, tokenizer_json: str, facts: dict[str, Any], keep: CheckpointConfig
+) -> Path:
+    """Write the state as `folder`/step-NNNNNNNN. One process calls it; see `write`."""
+    return write(folder, snapshot(state, tokenizer_json, facts), keep)
+
+
+def write(folder: Path, taken: Snapshot, keep: CheckpointConfig) -> Path:
+    """Write a snapshot as `folder`/step-NNNNNNNN, then remove those that `keep` does not keep. One process calls it.
 
     Raises:
         RunError: the file system did not take it. What was there before is untouched.
     """
-    target = folder / f"step-{state.counters.step:08d}"
+    target = folder / f"step-{taken.step:08d}"
     temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        # Copies: safetensors takes no views of one memory, and the tensors of a bucket are.
-        weights = {name: tensor.cpu().clone() for name, tensor in state.weights()}
-        optimizer = {name: tensor.cpu().clone() for name, tensor in state.optimizer_tensors()}
-        content = {
-            **facts,
-            "format_version": FORMAT_VERSION,
-            "weights_sha256": tensors_sha256(weights.items()),
-        }
+        if faults.is_struck("full-disk", taken.step):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (a drill)")
+        content = {**taken.content, "weights_sha256": tensors_sha256(taken.weights.items())}
         writers: dict[str, Callable[[Path], object]] = {
-            MODEL_FILE: lambda path: save_file(weights, path),
-            OPTIMIZER_FILE: lambda path: save_file(optimizer, path),
-            TOKENIZER_FILE: lambda path: path.write_text(tokenizer_json, encoding="utf-8"),
-            STATE_FILE: lambda path: path.write_text(
-                json.dumps({**content, **state.to_dict()}, indent=1), encoding="utf-8"
-            ),
+            MODEL_FILE: lambda path: save_file(taken.weights, path),
+            OPTIMIZER_FILE: lambda path: save_file(taken.optimizer, path),
+            TOKENIZER_FILE: lambda path: path.write_text(taken.tokenizer_json, encoding="utf-8"),
+            STATE_FILE: lambda path: path.write_text(json.dumps(content, indent=1), encoding="utf-8"),
         }
         manifest = {}
-        for name, write in writers.items():
-            write(temporary / name)
+        for name, write_file in writers.items():
+            write_file(temporary / name)
             manifest[name] = {
                 "bytes": (temporary / name).stat().st_size,
                 "sha256": _file_sha256(temporary / name),
             }
+            watchdog.beat()
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in (*writers, MANIFEST_FILE):
             _sync(temporary / name)
+            watchdog.beat()
         _sync(temporary)
         if target.exists():  # a damaged one, or one of a run that was told to start anew
             _remove(target)
         temporary.rename(target)
         _sync(folder)
-        for _, old in _list(folder)[keep_last:]:
-            _remove(old)
+        if faults.is_struck("corrupt", taken.step):
+            _flip_a_bit(target / MODEL_FILE)
+        for step in obsolete({step: _validation_loss(path) for step, path in _list(folder)}, keep):
+            _remove(folder / f"step-{step:08d}")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
-            f"checkpoint of step {state.counters.step} could not be written to {folder}: {error}. "
+            f"checkpoint of step {taken.step} could not be written to {folder}: {error}. "
             "Checkpoints written before are untouched; make room or repair the folder, then start the same command again."
         ) from None
     return target
+
+
+def obsolete(losses: dict[int, float | None], keep: CheckpointConfig) -> list[int]:
+    """The steps whose checkpoints `keep` does not keep. losses: of the validation at each step, None if there was none."""
+    kept = set(sorted(losses)[-keep.keep_last :])
+    if keep.keep_every is not None:
+        kept |= {step for step in losses if step % keep.keep_every == 0}
+    if keep.keep_best:
+        measured = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+        kept |= {step for _, step in measured[: keep.keep_best]}
+    return [step for step in losses if step not in kept]
+
+
+def _validation_loss(path: Path) -> float | None:
+    """The validation loss of exactly this checkpoint's weights, if they were validated."""
+    try:
+        state = _read_json(path / STATE_FILE)
+    except Damaged:
+        return None
+    if state.get("validation_step") != state.get("step"):
+        return None
+    loss = (state.get("validation") or {}).get("validation_loss")
+    return loss if isinstance(loss, float) else None
+
+
+def _flip_a_bit(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
 
 
 def clean(folder: Path) -> None:
@@ -226,18 +284,21 @@ def tensor_specs(path: Path, file: str) -> dict[str, tuple[list[int], str]]:
         return specs
 
 
-def load_tensors(path: Path, file: str, into: dict[str, torch.Tensor]) -> None:
-    """Copy the tensors of a checkpoint's file into tensors that exist: every name once, with equal shapes.
+def check_shapes(path: Path, file: str, wanted: dict[str, list[int]], ignored: Collection[str] = ()) -> None:
+    """Refuse a checkpoint's file that does not hold exactly these {name: shape}, but for names that are ignored.
 
     Raises:
         UserError: the file holds other names or shapes, so it belongs to another model.
     """
     specs = tensor_specs(path, file)
-    missing, surplus = sorted(into.keys() - specs.keys()), sorted(specs.keys() - into.keys())
+    missing, surplus = (
+        sorted(wanted.keys() - specs.keys()),
+        sorted(specs.keys() - wanted.keys() - set(ignored)),
+    )
     reshaped = [
-        f"{name} is {specs[name][0]} there and {list(into[name].shape)} here"
-        for name in into
-        if name in specs and specs[name][0] != list(into[name].shape)
+        f"{name} is {specs[name][0]} there and {wanted[name]} here"
+        for name in wanted
+        if name in specs and specs[name][0] != wanted[name]
     ]
     if missing or surplus or reshaped:
         faults = (
@@ -249,6 +310,17 @@ def load_tensors(path: Path, file: str, into: dict[str, torch.Tensor]) -> None:
         raise UserError(
             f"{path} is a checkpoint of another model: {shown}. Use the config that it was trained with."
         )
+
+
+def load_tensors(path: Path, file: str, into: dict[str, torch.Tensor], ignored: Collection[str] = ()) -> None:
+    """Copy the tensors of a checkpoint's file into tensors that exist: every name once, with equal shapes.
+
+    ignored: names that the file may have and that are not wanted.
+
+    Raises:
+        UserError: the file holds other names or shapes, so it belongs to another model.
+    """
+    check_shapes(path, file, {name: list(tensor.shape) for name, tensor in into.items()}, ignored)
     with _open(path / file) as tensors:
         for name, tensor in into.items():
             tensor.copy_(tensors.get_tensor(name))

@@ -14,6 +14,9 @@ from hvdformer.data.loader import Sequences, evaluation_batches
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.distributed import comm
 from hvdformer.distributed.comm import World
+from hvdformer.distributed.watchdog import beat
+from hvdformer.errors import UserError
+from hvdformer.metrics import LossSum
 from hvdformer.models.decoder import Decoder
 from hvdformer.precision import autocast
 from hvdformer.runtime import Runtime
@@ -35,7 +38,7 @@ def evaluate(
     that they were taken over.
     """
     model.eval()
-    loss_sum, num_targets, num_sequences = 0.0, 0, 0
+    losses, num_targets, num_sequences = LossSum(device), 0, 0
     for sequences in validation:
         batches = evaluation_batches(
             sequences,
@@ -49,19 +52,22 @@ def evaluate(
         for batch in batches:
             with autocast(device, config.train.precision):
                 batch_loss, count = causal_lm.loss_sum(model, batch)
-            loss_sum += batch_loss.item()
+            losses.add(batch_loss)
             num_targets += count
             num_sequences += len(batch.tokens)
+            beat()
     model.train()
-    total_loss, targets, examples = comm.sum_over_ranks([loss_sum, num_targets, num_sequences], "evaluate")
-    loss = total_loss / targets
+    *totals, targets, examples = comm.sum_over_ranks(
+        [*losses.totals(), num_targets, num_sequences], "evaluate"
+    )
+    loss = LossSum.mean(totals, targets)
     tokens = sum(sequences.shards.num_tokens for sequences in validation)
     text_bytes = sum(sequences.shards.num_bytes for sequences in validation)
     return {
         "validation_loss": loss,
         "bits_per_byte": causal_lm.bits_per_byte(loss, tokens, text_bytes),
-        "sequences": int(examples),
-        "targets": int(targets),
+        "sequences": examples,
+        "targets": targets,
     }
 
 
@@ -84,8 +90,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], here: Runtime) -> 
     config = comm.on_every_rank(lambda: config_from_dict(found["config"], found["path"], overrides), "config")
     examples = causal_lm.open_examples(config, world)
     config = comm.on_every_rank(
-        lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size), "resolve"
+        lambda: runtime.resolve(config, device, examples.tokenizer.vocab_size, here.threads), "resolve"
     )
+    comm.on_rank_0(lambda: _check_model(config, Path(found["path"])), "check model")
     model = causal_lm.build_model(config).to(device)
     weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     comm.on_rank_0(
@@ -100,10 +107,27 @@ def load_model(path: Path) -> tuple[Decoder, Tokenizer, torch.device]:
     """The model and tokenizer of a checkpoint, ready to generate, on this machine's GPU if it has one."""
     found = checkpoint.resolve(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = causal_lm.build_model(checkpoint.read_config(found)).to(device)
+    config = checkpoint.read_config(found)
+    _check_model(config, found)
+    model = causal_lm.build_model(config).to(device)
     checkpoint.load_tensors(
         found,
         checkpoint.MODEL_FILE,
         {name: parameter.detach() for name, parameter in model.named_parameters()},
     )
     return model.eval(), Tokenizer.load(found / checkpoint.TOKENIZER_FILE), device
+
+
+def _check_model(config: Config, path: Path) -> None:
+    """Refuse a config that is not that of the checkpoint's weights before any memory is taken for its model."""
+    specs = checkpoint.tensor_specs(path, checkpoint.MODEL_FILE)
+    if config.model.vocab_size is None or config.model.layers > len(specs):
+        raise UserError(
+            f"{path}: its config has {config.model.layers} layers and {config.model.vocab_size} ids, but there are "
+            f"{len(specs)} tensors: it was not written by hvdformer"
+        )
+    with torch.device("meta"):
+        model = Decoder(config.model, config.model.vocab_size)
+    checkpoint.check_shapes(
+        path, checkpoint.MODEL_FILE, {name: list(p.shape) for name, p in model.named_parameters()}
+    )

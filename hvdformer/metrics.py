@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
 import os
 import resource
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+import torch
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "run.log"
+
+
+class LossSum:
+    """A sum of losses that has the same bits in any order and grouping: integers that count 2^-24 nat."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._totals = torch.zeros(
+            2, dtype=torch.int64, device=device
+        )  # sum; number of losses that aren't finite
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the loss of a micro-batch, a scalar, without waiting for the device."""
+        loss = loss.detach().double()
+        is_finite = loss.isfinite()
+        self._totals[0] += torch.where(is_finite, loss * 2.0**24, 0.0).round().long()
+        self._totals[1] += ~is_finite
+
+    def totals(self) -> list[int]:
+        """Two integers, to be summed over the ranks."""
+        return self._totals.tolist()
+
+    @staticmethod
+    def mean(totals: Sequence[int], num_targets: int) -> float:
+        """The mean loss a target, of summed totals; NaN if a loss was not finite."""
+        fixed, num_bad = totals
+        return math.nan if num_bad else fixed / 2.0**24 / num_targets
 
 
 class Reporter:
@@ -21,6 +54,8 @@ class Reporter:
         """Open the files of the run folder; lines of steps after `resumed_step`, which will be done again, go."""
         self._steps = steps
         self._metrics = _open_from(run_dir / METRICS_FILE, resumed_step)
+        self._lock = threading.Lock()
+        self._unwritten = b""  # lines that the disk did not take, to be tried again
         self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -43,8 +78,9 @@ class Reporter:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
             print(message, flush=True)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-        self._log.flush()
+        with contextlib.suppress(OSError):  # a full disk: the terminal has it, and saving tells of the disk
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            self._log.flush()
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One logged training step."""
@@ -61,20 +97,67 @@ class Reporter:
         )
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append one object to metrics.jsonl."""
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        """Append one object to metrics.jsonl; JSON has no NaN, so null stands for it.
+
+        What a full disk does not take is kept, and written with the next line or at the next save.
+        """
+        metrics = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
+        }
+        with self._lock:
+            self._unwritten += (json.dumps(metrics) + "\n").encode()
+        with contextlib.suppress(OSError):
+            self._write()
 
     def sync(self) -> None:
-        """Have metrics.jsonl on the disk: called before a checkpoint that stands on it."""
-        os.fsync(self._metrics.fileno())
+        """Have metrics.jsonl on the disk: called before a checkpoint that stands on it.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        self._write()
+        os.fsync(self._metrics)
+
+    def _write(self) -> None:
+        """Write whole lines or nothing. The save thread calls it too."""
+        with self._lock:
+            end = os.lseek(self._metrics, 0, os.SEEK_END)
+            if os.write(self._metrics, self._unwritten) < len(self._unwritten):
+                os.ftruncate(self._metrics, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = b""
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._metrics.close()
-        self._log.close()
+        os.close(self._metrics)
+        with contextlib.suppress(OSError):
+            self._log.close()
+
+
+class Interval:
+    """What the steps since the last logged one took."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._sums: dict[str, float] = {}
+
+    def add(self, **values: float) -> None:
+        """values: of one step; tokens and seconds are among them."""
+        self._steps += 1
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0) + value
+
+    def take(self) -> dict[str, float]:
+        """The rate of tokens, and the mean a step of all the others; counting starts anew."""
+        sums, steps = self._sums, self._steps
+        self._sums, self._steps = {}, 0
+        metrics = {
+            "tokens_per_second": sums.pop("tokens") / sums["seconds"],
+            "step_seconds": sums.pop("seconds") / steps,
+        }
+        return metrics | {key: value / steps for key, value in sums.items()}
 
 
 def duration(seconds: float) -> str:
@@ -105,13 +188,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def _open_from(path: Path, last_step: int) -> TextIO:
+def _open_from(path: Path, last_step: int) -> int:
     """Open for appending, without the lines after `last_step`; the file is replaced as a whole or not at all."""
     kept = [entry for entry in read_metrics(path.parent) if entry.get("step", 0) <= last_step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     temporary.replace(path)
-    return open(path, "a", encoding="utf-8")
+    return os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
 def _console() -> Any:

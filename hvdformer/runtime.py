@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hvdformer import precision
+from hvdformer import faults, precision
 from hvdformer.config import Config
 from hvdformer.distributed import comm, tuning
 from hvdformer.errors import UserError
@@ -30,6 +30,12 @@ class Where:
 
     step: int = 0
     phase: str = "start"
+    who: str = "this process"
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Note where this rank is; a drill's fault may strike here."""
+        self.step, self.phase = self.step if step is None else step, phase
+        faults.strike(phase, self.step)
 
 
 def start(device: str = "auto", threads: int | None = None) -> Runtime:
@@ -68,7 +74,7 @@ def start(device: str = "auto", threads: int | None = None) -> Runtime:
     )
 
 
-def resolve(config: Config, device: torch.device, vocab_size: int) -> Config:
+def resolve(config: Config, device: torch.device, vocab_size: int, threads: int) -> Config:
     """The config with every choice that depended on the machine or the data filled in."""
     wanted = config.model.vocab_size
     if wanted is not None and wanted < vocab_size:
@@ -76,13 +82,19 @@ def resolve(config: Config, device: torch.device, vocab_size: int) -> Config:
             f"model.vocab_size is {wanted} but the data's tokenizer has {vocab_size} ids: "
             f"raise it to at least {vocab_size}, or leave it out"
         )
-    train = {"device": device.type, "precision": precision.resolve(config.train.precision, device)}
+    train: dict[str, object] = {
+        "device": device.type,
+        "precision": precision.resolve(config.train.precision, device),
+    }
+    if config.fusion.kind == "exact":
+        train["threads"] = threads  # another number of threads sums in another order: it belongs to the run
     if train["precision"] == "fp16" and device.type != "cuda":
         raise UserError("train.precision=fp16 needs a GPU and there is none here: use bf16 or fp32")
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"vocab_size": wanted or vocab_size}),
             "train": config.train.model_copy(update=train),
+            "fusion": config.fusion.resolved(),
         }
     )
 

