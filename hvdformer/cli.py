@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from hvdformer.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from hvdformer.runtime import Runtime, Where
+    from hvdformer.state import Survivor
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -53,20 +55,162 @@ def train(arguments: tuple[str, ...], run_dir: Path | None, resume: str, dry_run
     With no config: a small language model on the source text of Python's own standard library.
     """
     config_path, overrides = _split_arguments(arguments)
-    if run_dir is None:
-        run_dir = Path("runs") / (config_path.stem if config_path else "default")
+    run_dir = run_dir or _default_run_dir(config_path)
     if dry_run:
         _speak_once(lambda: _dry_run(config_path, overrides, run_dir))
 
-    def job(here: Runtime, where: Where) -> int:
+    def job(start: Callable[[], Runtime], where: Where) -> int:
+        from hvdformer import elastic
         from hvdformer.config import load_config
         from hvdformer.distributed import comm
         from hvdformer.train import train as run_training
 
-        config = comm.on_every_rank(lambda: load_config(config_path, overrides), "config")
-        return run_training(config, run_dir, resume, here, where)
+        def run(here: Runtime, survivor: Survivor) -> int:
+            config = comm.on_every_rank(lambda: load_config(config_path, overrides), "config")
+            return run_training(config, run_dir, resume, here, where, survivor)
+
+        return elastic.run(start, run, where, lambda line: _tell(f"{where.who}: {line}"))
 
     _on_all_ranks(job, *_device_settings(config_path, overrides))
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option(
+    "-np",
+    type=click.IntRange(min=1),
+    help="Ranks.  [default: all slots of the hosts; else one per GPU or core here, at most one per micro-batch]",
+)
+@click.option("--hosts", metavar="a:2,b:2", help="Hosts and their slots.  [default: this machine]")
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path, exists=True),
+    help="The same, one host a line: NAME slots=N.",
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(["auto", "mpirun", "horovodrun-mpi", "horovodrun-gloo", "srun"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--launcher-arguments", default="", metavar="TEXT", help="More arguments for that launcher.")
+@click.option("--max-restarts", type=click.IntRange(min=0), default=10, show_default=True)
+@click.option(
+    "--min-np",
+    type=click.IntRange(min=1),
+    help="Go on with as few ranks when hosts are gone.  [default: all]",
+)
+@click.option(
+    "--backoff", type=click.FloatRange(min=0), default=1.0, show_default=True, help="First pause, in seconds."
+)
+@click.option("--ssh", help="How to reach a host, for mpirun and to ask whether it is there.  [default: ssh]")
+@click.argument("command", nargs=-1, required=True, metavar="-- train ...", type=click.UNPROCESSED)
+def launch(
+    np: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    launcher: str,
+    launcher_arguments: str,
+    max_restarts: int,
+    min_np: int | None,
+    backoff: float,
+    ssh: str | None,
+    command: tuple[str, ...],
+) -> None:
+    """Start `train` on several ranks, and again after a failure: docs/restarts.md.
+
+    hvdformer launch -np 4 -- train run.yaml
+    """
+    if command[0] != "train":
+        raise click.UsageError(f"found {command[0]!r}, expected -- train [CONFIG.yaml] [key=value ...]")
+    job = train.make_context("hvdformer train", list(command[1:])).params  # refuses what train would refuse
+    config_path, overrides = _split_arguments(job["arguments"])
+    if job["dry_run"]:
+        raise click.UsageError("--dry-run starts nothing: hvdformer train --dry-run")
+
+    if hosts and hostfile:
+        raise click.UsageError("found --hosts and --hostfile, expected one of them")
+
+    def start() -> None:
+        from hvdformer import launch as launching
+        from hvdformer.config import load_config
+
+        config = load_config(config_path, overrides)
+        listed = launching.parse_hosts(hosts) if hosts else ()
+        if hostfile:
+            listed = launching.parse_hostfile(hostfile.read_text())
+        num_ranks = np or launching.default_np(
+            listed,
+            config.train.global_batch // config.train.micro_batch,
+            config.train.device == "cpu",
+            os.environ,
+        )
+        plan = launching.Plan(
+            command,
+            job["run_dir"] or _default_run_dir(config_path),
+            num_ranks,
+            min_np or num_ranks,
+            listed,
+            launching.choose_launcher(launcher, num_ranks, listed, os.environ),
+            tuple(shlex.split(launcher_arguments)),
+            ssh or launching.SSH,
+            max_restarts,
+            backoff,
+        )
+        sys.exit(launching.launch(plan, lambda line: click.echo(f"hvdformer launch: {line}", err=True)))
+
+    _run_local(start)
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+@click.option(
+    "--fusion",
+    required=True,
+    metavar="KIND[:key=value ...],...",
+    help="Kinds of fusion, each with settings of its own: allreduce,allreduce:wire=bf16,diloco:every=100.",
+)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Folder of the runs, one a kind.  [default: runs/compare-NAME OF CONFIG]",
+)
+@click.option(
+    "--target-loss",
+    type=float,
+    help="Validation loss for time and tokens to it.  [default: the highest that a kind ends with]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def compare(
+    arguments: tuple[str, ...], fusion: str, run_dir: Path | None, target_loss: float | None, as_json: bool
+) -> None:
+    """Train the same model on the same data under several kinds of fusion, and compare what they reach and cost.
+
+    The same command again goes on where it stopped. Settings are those of train; the last validation takes
+    train.evaluate_sequences sequences unless they say otherwise.
+    """
+    config_path, overrides = _split_arguments(arguments)
+    name = config_path.stem if config_path else "default"
+    folder = run_dir or Path("runs") / f"compare-{name}"
+
+    def job(start: Callable[[], Runtime], where: Where) -> int:
+        here = start()
+        from hvdformer.compare import compare as run_comparison
+        from hvdformer.compare import load_configs, parse_kinds, table
+        from hvdformer.distributed import comm
+
+        def say(line: str) -> None:
+            if here.world.is_first:
+                click.echo(line)
+
+        kinds = parse_kinds(fusion)
+        configs = comm.on_every_rank(lambda: load_configs(config_path, overrides, kinds), "config")
+        results, code = run_comparison(kinds, configs, folder, target_loss, here, where, say)
+        say(json.dumps(results) if as_json else table(results))
+        return code
+
+    # Any kind's will do; exact has the say on threads, and all kinds are to have the same.
+    kind = "exact" if "exact" in fusion else fusion.split(",")[0].split(":")[0]
+    _on_all_ranks(job, *_device_settings(config_path, (*overrides, f"fusion.kind={kind}")))
 
 
 @cli.command()
@@ -155,7 +299,8 @@ def prepare(
 def evaluate(checkpoint: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Validate a CHECKPOINT (a step folder, or a run folder: its newest) on all ranks."""
 
-    def job(here: Runtime, where: Where) -> int:
+    def job(start: Callable[[], Runtime], where: Where) -> int:
+        here = start()
         from hvdformer.evaluate import evaluate_checkpoint
 
         result = evaluate_checkpoint(checkpoint, overrides, here)
@@ -271,6 +416,10 @@ def main() -> None:
     cli.main(prog_name="hvdformer")
 
 
+def _default_run_dir(config_path: Path | None) -> Path:
+    return Path("runs") / (config_path.stem if config_path else "default")
+
+
 def _split_arguments(arguments: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
     """[CONFIG.yaml] [key=value ...] in any order."""
     paths = [Path(argument) for argument in arguments if "=" not in argument]
@@ -289,41 +438,62 @@ def _device_settings(config_path: Path | None, overrides: tuple[str, ...]) -> tu
         config = load_config(config_path, overrides)
     except UserError:
         return "auto", None
-    return config.train.device, config.train.threads
+    threads = config.train.threads
+    if threads is None and config.fusion.kind == "exact":
+        threads = 1  # the same on every machine and at any world size, or the bits would differ
+    return config.train.device, threads
 
 
-def _on_all_ranks(job: Callable[[Runtime, Where], int], device: str, threads: int | None) -> NoReturn:
-    """Join the job, run this rank's part, leave: whatever happens ends every rank with one message and a code."""
-    from hvdformer import runtime
+def _on_all_ranks(
+    job: Callable[[Callable[[], Runtime], Where], int], device: str, threads: int | None
+) -> NoReturn:
+    """Run this rank's part and leave: whatever happens ends every rank with one message and a code.
+
+    job: given what joins the job, to be called first, and where to note how far it is.
+    """
+    from hvdformer import failures, runtime
     from hvdformer.distributed import comm
 
     where = runtime.Where()
-    rank = "this process"
-    try:
+
+    def start() -> Runtime:
         here = runtime.start(device, threads)
-        rank = f"rank {here.world.rank} on {comm.host_name()}"
-        code = job(here, where)
+        where.who = f"rank {here.world.rank} on {comm.host_name()}"
+        return here
+
+    def leave(code: int, message: str, is_consequence: bool = False) -> None:
+        failures.leave(code, message, where.step, where.phase, is_consequence)
+
+    try:
+        code = job(start, where)
+        if code != 0:
+            leave(code, "stopped by SIGINT")
         comm.disconnect()
         sys.exit(code)
     except comm.Agreed as error:
         # All ranks are here with the same error: the first one tells it, and they leave in order.
         if comm.is_first():
+            leave(error.exit_code, str(error))
             _tell(str(error))
         comm.disconnect()
         sys.exit(error.exit_code)
     except (UserError, RunError) as error:
-        _tell(str(error) if where.step == 0 else f"{rank}, step {where.step}, {where.phase}: {error}")
+        leave(error.exit_code, str(error))
+        _tell(str(error) if where.step == 0 else f"{where.who}, step {where.step}, {where.phase}: {error}")
         comm.abort(error.exit_code)
     except KeyboardInterrupt:  # before training has its own handling of signals
+        leave(130, "stopped by SIGINT")
         comm.abort(130)
     except Exception as error:
         if comm.is_lost_contact(error):
             # Some other rank failed first and says why; this one would only add noise, and is mostly ended before this.
+            leave(1, "lost contact with another rank", is_consequence=True)
             time.sleep(2)
-            _tell(f"{rank}, step {where.step}, {where.phase}: lost contact with another rank ({error})")
+            _tell(f"{where.who}, step {where.step}, {where.phase}: lost contact with another rank ({error})")
         else:
+            leave(1, f"{type(error).__name__}: {error}")
             traceback.print_exc()
-            _tell(f"{rank}, step {where.step}, {where.phase}: {type(error).__name__}: {error}")
+            _tell(f"{where.who}, step {where.step}, {where.phase}: {type(error).__name__}: {error}")
         comm.abort(1)
 
 
