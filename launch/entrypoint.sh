@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Of the image: launchers and shells are run as they stand, everything else is a command of hvdformer.
+set -euo pipefail
+
+case ${1:-} in
+  horovodrun | mpirun | mpiexec | bash | sh | python | python3) exec "$@" ;;
+  sshd)  # for several hosts, in the ssh variant of the image: docs/docker.md
+    mkdir -p ~/.sshd
+    [[ -e ~/.sshd/host_key ]] || ssh-keygen -q -t ed25519 -N '' -f ~/.sshd/host_key  # never part of the image
+    exec /usr/sbin/sshd -D -e -f /etc/ssh/hvdformer_sshd_config "${@:2}"
+    ;;
+  *) exec hvdformer "$@" ;;
+esac
