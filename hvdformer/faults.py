@@ -3,7 +3,7 @@
     HVDFORMER_FAULT=kill:rank=1,step=37 mpirun -np 2 hvdformer train ...
 
 Form: ACTION:rank=R,step=S[,phase=P][,attempt=A], several of them separated by ";". They strike in the run's phase P
-(data, backward, fusion, update, evaluation or save; backward if not given), on attempt A of `hvdformer launch` (the
+(data, forward, backward, fusion, update, evaluation or save; backward if not given), on attempt A of `hvdformer launch` (the
 first if not given), so that a restarted job gets past them.
 
     kill       end the process by SIGKILL, as the kernel's out-of-memory killer does
@@ -32,7 +32,7 @@ VARIABLE = "HVDFORMER_FAULT"
 ATTEMPT = "HVDFORMER_ATTEMPT"  # set by `hvdformer launch`
 ACTIONS = ("kill", "exit", "raise", "freeze", "hang", "nan", "spike", "full-disk", "corrupt")
 _ONLY_IN = {"nan": "backward", "spike": "backward", "full-disk": "save", "corrupt": "save"}
-PHASES = ("data", "backward", "fusion", "update", "evaluation", "save")
+PHASES = ("data", "forward", "backward", "fusion", "update", "evaluation", "save")
 
 
 @dataclass(frozen=True)

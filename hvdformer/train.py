@@ -210,12 +210,13 @@ def _train(
 
         def backward(micro_batches: dict[int, Batch] = micro_batches) -> tuple[LossSum, int]:
             """Accumulate the gradients of this rank's micro-batches; the last one starts the fusion of full buckets."""
-            where.enter("backward")
             losses, num_targets = LossSum(device), 0
             for number, batch in micro_batches.items():
+                where.enter("forward")
                 runtime.seed_everything((config.train.seed, counters.step, number))
                 with autocast(device, config.train.precision):
                     loss, count = causal_lm.loss_sum(model, batch)
+                where.enter("backward")
                 loss = faults.spoil(loss, counters.step + 1)
                 (loss * (loss_scale.value / nominal_targets)).backward()
                 losses.add(loss)
@@ -227,7 +228,6 @@ def _train(
         if world.is_first and _is_over(config.train.max_minutes, started) and not stop.number:
             stop.number = TIME_IS_UP
         losses, own_targets = backward()
-        computed = time.perf_counter()
         totals = comm.sum_over_ranks_async(
             [*losses.totals(), own_targets, stop.number, int(comm.hosts_have_changed())], "step totals"
         )
@@ -238,7 +238,6 @@ def _train(
         # The document mask takes targets away, which the gradients don't know yet.
         scale = 1.0 if fusion.averages_locally else nominal_targets / num_targets
         grad_norm = fusion.clip(config.optim.clip_norm, scale / loss_scale.value)
-        fusion_seconds = time.perf_counter() - computed  # what backward did not hide
 
         where.enter("update")
         rate = learning_rate(config.optim, config.train.steps, counters.step)
@@ -268,14 +267,14 @@ def _train(
             # 4. Fuse the results: kinds that fused the gradients have one model already, the others make it now.
             where.enter("fusion")
             fusion.fuse()
+        where.enter("report")
         seconds = time.perf_counter() - began
         counters.train_seconds += seconds
         counters.total_bytes_sent += fusion.bytes_sent - sent_before
         since_log.add(
             tokens=num_targets,
             seconds=seconds,
-            data_seconds=loader.wait_seconds,
-            fusion_seconds=fusion_seconds,
+            **where.take_seconds("data", "forward", "backward", "fusion", "update"),
             bytes_sent=fusion.bytes_sent - sent_before,
         )
 

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdformer.config import ModelConfig
 from hvdformer.models.layers import Block, KeyValueCache, Rotary, ffn_width, make_norm
+from hvdformer.models.loss import rows_of_a_chunk
 
 # B batch, T tokens, S tokens attended to, D model width, V vocabulary
 
@@ -69,9 +70,14 @@ class Decoder(nn.Module):
             cache.length += T
         return self.norm(x)
 
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """(V, D): what a hidden state is multiplied by to give the logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> logits (B, T, V)."""
-        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+        return F.linear(hidden, self.output_weight)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -111,7 +117,7 @@ def estimate_memory(
     """Bytes that a rank needs for training: weights, gradients and AdamW's moments in fp32, and what a micro-batch takes.
 
     "activations" are kept from forward until backward, counted from the code of a block; "backward" lives for a moment
-    of it: the logits, or one block, whichever is more. Attention is taken to keep no T x T matrix, as flash and
+    of it: a chunk of the logits, or one block, whichever is more. Attention is taken to keep no T x T matrix, as flash and
     memory-efficient kernels do; on a CPU, dropout makes it keep some.
     precision: "fp32", "bf16" or "fp16"; in the latter two autocast also holds a 16-bit copy of the weights.
     """
@@ -136,13 +142,16 @@ def estimate_memory(
         activations, backward = tokens * 4 * width * config.layers, block + backward
     else:
         activations = block * config.layers
-    logits = tokens * vocab_size * 12  # fp32: log-probabilities, their gradient, the gradient of the logits
+    # The loss: logits of a chunk, and the gradient of the output layer, which waits for that of the embedding if tied.
+    logits = min(tokens, rows_of_a_chunk(vocab_size)) * vocab_size * (4 if precision == "fp32" else 6)
+    output_layer = vocab_size * width * (4 if precision == "fp32" else 6)
+    waiting = 4 * vocab_size * width if config.tie_embeddings else 0
     memory = {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": 8 * parameters,
         "activations": activations,
-        "backward": max(logits, backward),
+        "backward": max(logits + output_layer, backward + waiting),
     }
     if precision != "fp32":
         memory["16-bit weights"] = 2 * parameters

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from hvdformer.config import Config
 from hvdformer.data.loader import Batch, Sequences
@@ -21,10 +20,9 @@ from hvdformer.distributed import comm
 from hvdformer.distributed.comm import World
 from hvdformer.errors import UserError
 from hvdformer.models.decoder import Decoder
+from hvdformer.models.loss import IGNORED, cross_entropy_sum
 
-# B batch, T tokens, V vocabulary
-
-IGNORED = -100  # a target that is not counted
+# B batch, T tokens, D model width
 
 
 def build_model(config: Config) -> Decoder:
@@ -36,22 +34,19 @@ def build_model(config: Config) -> Decoder:
     return model
 
 
-def loss_sum(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+def loss_sum(model: Decoder, batch: Batch) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy in nats over the targets of a micro-batch (a scalar), and the number of targets.
 
     The token at t + 1 is the target at t. With segments, a document's first token is no target of the one before.
     """
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]  # (B, T) each
     if batch.segments is None:
-        logits, count = model(inputs), targets.numel()
+        hidden, count = model.hidden(inputs), targets.numel()  # (B, T, D)
     else:
         crossing = batch.segments[:, :-1] != batch.segments[:, 1:]
         targets = targets.masked_fill(crossing, IGNORED)
-        logits, count = model(inputs, segments=batch.segments[:, :-1]), int((~crossing).sum())
-    # (B, T, V): the sum in fp32, also where autocast made the logits bf16
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+        hidden, count = model.hidden(inputs, batch.segments[:, :-1]), int((~crossing).sum())
+    loss = cross_entropy_sum(hidden.flatten(0, 1), model.output_weight, targets.flatten())
     return loss, count
 
 

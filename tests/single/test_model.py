@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hvdformer.config import load_config
 from hvdformer.data.loader import Batch
+from hvdformer.models import loss as loss_module
 from hvdformer.models.decoder import Decoder, estimate_memory, parameter_count
 from hvdformer.models.layers import KeyValueCache
 from hvdformer.precision import autocast
@@ -198,6 +199,36 @@ def test_the_loss_leaves_out_the_first_token_of_a_document():
     parts = [causal_lm.loss_sum(model, Batch(part, None)) for part in (inputs[:, :10], inputs[:, 10:])]
     assert count == 29 == sum(part[1] for part in parts)
     torch.testing.assert_close(loss, parts[0][0] + parts[1][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000], ids="chunks of {}".format)
+@pytest.mark.parametrize("ignored", [False, True], ids=["all", "some ignored"])
+def test_the_loss_in_chunks_is_torchs_own(rows, ignored, monkeypatch):
+    """Value and gradients of F.cross_entropy over all logits at once; the order of the sums alone differs."""
+    monkeypatch.setattr(loss_module, "rows_of_a_chunk", lambda vocab_size: rows)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(VOCAB, 16, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (64,))
+    if ignored:
+        targets[::3] = loss_module.IGNORED
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    gradients = torch.autograd.grad(expected * 0.25, (hidden, weight))
+    found = loss_module.cross_entropy_sum(hidden, weight, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for one, other in zip(torch.autograd.grad(found * 0.25, (hidden, weight)), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_module.cross_entropy_sum(hidden, weight, targets), expected)
+
+
+def test_the_loss_never_holds_all_logits():
+    """20,000 ids: 512 hidden states make 41 MB of logits, and a chunk half of it."""
+    hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
+    targets = torch.randint(0, 20_000, (512,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss_module.cross_entropy_sum(hidden, weight, targets).backward()
+    largest = max(e.self_cpu_memory_usage for e in profile.events())
+    assert 256 * 20_000 * 4 <= largest < 1.1 * 256 * 20_000 * 4
 
 
 @pytest.mark.parametrize("settings", [[], GPT2, ["tie_embeddings=false", "kv_heads=1"]])
