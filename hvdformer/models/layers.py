@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hvdformer.config import ModelConfig
+from hvdformer.models.attention import MAX_TOKENS, causal_attention
 
 # B batch, T tokens in this call, S tokens attended to (T, and with a cache those before), D model width,
 # H query heads, G key/value heads, K width per head
@@ -92,9 +93,13 @@ class Attention(nn.Module):
             # SDPA's enable_gqa took 12 % less of the attention's time on a CPU, but on GPUs it has no
             # memory-efficient kernel for fp32 or for a document mask, and torch 2.4 does not know it.
             k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)  # (B, H, S, K)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        if q.device.type == "cpu" and mask is None and dropout == 0 and T <= MAX_TOKENS:
+            y = causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+            )
         return self.output(y.transpose(1, 2).reshape(B, T, D))
 
 

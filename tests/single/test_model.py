@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hvdformer.config import load_config
 from hvdformer.data.loader import Batch
 from hvdformer.models import loss as loss_module
+from hvdformer.models.attention import causal_attention
 from hvdformer.models.decoder import Decoder, estimate_memory, parameter_count
 from hvdformer.models.layers import KeyValueCache
 from hvdformer.precision import autocast
@@ -199,6 +200,31 @@ def test_the_loss_leaves_out_the_first_token_of_a_document():
     parts = [causal_lm.loss_sum(model, Batch(part, None)) for part in (inputs[:, :10], inputs[:, 10:])]
     assert count == 29 == sum(part[1] for part in parts)
     torch.testing.assert_close(loss, parts[0][0] + parts[1][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)]
+)
+def test_causal_attention_is_torchs_own(T, dtype, tolerance):
+    """Values and gradients, around the borders of its blocks; tolerances are a few roundings of sums over T."""
+    torch.manual_seed(0)
+    # heads split from one projection, as in the model: views that are not contiguous
+    q, k, v = (
+        torch.randn(2, T, 3 * 3 * 16, dtype=torch.float64).view(2, T, 9, 16).transpose(1, 2).split(3, dim=1)
+    )
+    gradient = torch.randn(2, 3, T, 16, dtype=torch.float64)
+    results = []
+    for function, kind in (
+        (lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True), torch.float64),
+        (causal_attention, dtype),
+    ):
+        inputs = [x.to(kind).detach().requires_grad_() for x in (q, k, v)]
+        y = function(*inputs)
+        results.append([y, *torch.autograd.grad(y, inputs, gradient.to(kind))])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000], ids="chunks of {}".format)

