@@ -514,6 +514,8 @@ def _run_local(command: Callable[[], Any], speaks: bool = True) -> None:
     except (UserError, RunError) as error:
         if speaks:
             _tell(str(error))
+        else:
+            time.sleep(5)  # the launcher ends all when the first one goes: that has to be the one that speaks
         sys.exit(error.exit_code)
 
 

@@ -22,7 +22,9 @@ def runs(tmp_path_factory):
         ("mpirun", 3),
     ):
         name = f"{launcher}-{np}"
-        output = jobs.succeed(launcher, np, "train", TINY, "--run-dir", name, cwd=folder)
+        output = jobs.succeed(
+            launcher, np, "train", TINY, "train.precision=fp32", "--run-dir", name, cwd=folder
+        )
         started[name] = (folder / name, output)
     return started
 

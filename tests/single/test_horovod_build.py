@@ -427,7 +427,8 @@ def test_a_build_that_is_stopped_takes_its_compilers_along(tmp_path, number):
     script = f"sleep 60 & echo $! > {tmp_path}/child.part; mv {tmp_path}/child.part {tmp_path}/child; wait"
     call = f"_run_with_progress(['sh', '-c', {script!r}], os.environ, print)"
     builder = subprocess.Popen(
-        [sys.executable, "-c", f"import os; from hvdformer.horovod_build import _run_with_progress; {call}"]
+        [sys.executable, "-c", f"import os; from hvdformer.horovod_build import _run_with_progress; {call}"],
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has it ignored
     )
     _wait_for((tmp_path / "child").exists)
     builder.send_signal(number)

@@ -203,9 +203,7 @@ def test_the_loss_leaves_out_the_first_token_of_a_document():
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
-@pytest.mark.parametrize(
-    "dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)]
-)
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
 def test_causal_attention_is_torchs_own(T, dtype, tolerance):
     """Values and gradients, around the borders of its blocks; tolerances are a few roundings of sums over T."""
     torch.manual_seed(0)
