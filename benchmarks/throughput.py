@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -180,9 +181,7 @@ def measure(workload: str, precision: str, only: Sequence[str], arguments: argpa
 
 def told(outcome: Outcome, tokens: int) -> dict[str, Any]:
     """One run of a variant, for the file. tokens: of a step, of one process that tells of itself."""
-    steps = [
-        [later - former for former, later in zip(times, times[1:], strict=False)] for times in outcome.times
-    ]
+    steps = [[later - former for former, later in itertools.pairwise(times)] for times in outcome.times]
     timed = [seconds[WARMUP_STEPS - 1 :] for seconds in steps]
     return {
         # Added up over processes that do not communicate.
