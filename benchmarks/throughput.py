@@ -39,6 +39,7 @@ from typing import Any
 
 from benchmarks.processes import ROOT, Outcome, run_hvdformer, run_module
 from benchmarks.workloads import NAMES, settings
+from hvdformer.bench import machine
 from hvdformer.config import Config, load_config
 from hvdformer.models.decoder import parameter_count
 
@@ -187,6 +188,7 @@ def told(outcome: Outcome, tokens: int) -> dict[str, Any]:
         # Added up over processes that do not communicate.
         "tokens_per_second": sum(tokens * len(seconds) / sum(seconds) for seconds in timed),
         "step_seconds": timed,
+        "seconds_to_first_step": max(times[0] for times in outcome.times) - outcome.began,
         "peak_memory_bytes": outcome.peak_memory_bytes,
         "losses": outcome.losses,
     }
@@ -318,22 +320,6 @@ def chart(folder: Path) -> None:
         axes.tick_params(labelsize=8)
         axes.set_xlabel("tokens per second, all ranks: median, least and most", fontsize=8)
     figure.savefig(folder / "throughput.png", dpi=110)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": memory,
-        "system": platform.platform(),
-    }
 
 
 def versions() -> dict[str, str]:
