@@ -41,9 +41,7 @@ def rank(split_file: str, arguments: list[str]) -> None:
     import horovod.torch  # noqa: F401
 
     marks.append(time.time())
-    import hvdformer.elastic
-    import hvdformer.train
-    from hvdformer import cli
+    from hvdformer import cli, elastic, train  # noqa: F401
 
     marks.append(time.time())
     if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK")) == "0":

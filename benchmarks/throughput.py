@@ -214,10 +214,10 @@ def variants_of(
 
 
 def turned(names: list[str], repeat: int) -> list[str]:
-    """The order of a repeat: each begins with the next variant, and every second one runs backwards."""
+    """The order of a repeat: each begins with the next variant, and every second one runs backwards from there."""
     start = repeat % len(names)
     order = names[start:] + names[:start]
-    return order[::-1] if repeat % 2 else order
+    return [order[0], *order[:0:-1]] if repeat % 2 else order
 
 
 def tokens_a_step(config: Config, name: str, size: int) -> int:
