@@ -41,7 +41,13 @@ _QUIET = (
     "train.evaluate_every=0",
     "train.final_evaluate_sequences=2",
     "train.sample_tokens=0",
+    "train.check_replicas_every=0",
+    "train.max_minutes=null",
     "checkpoint.every=0",
+    "checkpoint.keep_every=null",
+    "optim.schedule=constant",  # of so few steps; a config's own may not fit into them
+    "optim.warmup_steps=1",
+    "optim.decay_steps=null",
 )
 # The parts of a step, by their names here and in metrics.jsonl, in the order in which they come.
 PARTS = {
@@ -237,8 +243,8 @@ def _run(settings: Settings, size: int, kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hvdformer-bench-") as name:
         folder = Path(name)
         if kind == "horovod":
-            config = config.model_copy(update={"train": train.model_copy(update=_loop(settings))})
-            _start_all([[*command, *_rank("horovod", folder / "out", config.model_dump_json())]], [{}])
+            rank = _rank("horovod", folder / "out", *_config(settings, train.global_batch))
+            _start_all([[*command, *rank]], [{}])
             times = json.loads((folder / "out").read_text())["times"][WARMUP_STEPS - 1 :]
             seconds = (times[-1] - times[0]) / (len(times) - 1)
             return {"tokens_per_second": train.global_batch * context / seconds, "step_seconds": seconds}
@@ -275,31 +281,19 @@ def _time_allreduces(settings: Settings) -> list[dict[str, Any]]:
 
 def _train(settings: Settings, run_dir: Path, global_batch: int) -> list[str]:
     """The command of a rank of hvdformer, as a user gives it."""
-    config = [str(settings.config_path)] if settings.config_path else []
-    loop = [f"train.{key}={'null' if value is None else value}" for key, value in _loop(settings).items()]
+    return [*launching.program(), "train", *_config(settings, global_batch), "--run-dir", str(run_dir)]
+
+
+def _config(settings: Settings, global_batch: int) -> list[str]:
+    """[CONFIG.yaml] and key=value settings: the user's, and over them those of a benchmark."""
     return [
-        *launching.program(),
-        "train",
-        *config,
+        *([str(settings.config_path)] if settings.config_path else []),
         *settings.overrides,
         *_QUIET,
-        *loop,
-        "optim.warmup_steps=1",
-        "optim.schedule=constant",
-        "optim.decay_steps=null",
+        f"train.steps={WARMUP_STEPS + settings.steps}",
+        f"train.threads={settings.threads}",
         f"train.global_batch={global_batch}",
-        "--run-dir",
-        str(run_dir),
     ]
-
-
-def _loop(settings: Settings) -> dict[str, Any]:
-    return {
-        "steps": WARMUP_STEPS + settings.steps,
-        "threads": settings.threads,
-        "check_replicas_every": 0,
-        "max_minutes": None,
-    }
 
 
 def _rank(what: str, out: Path, *more: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""A rank of what `hvdformer bench` compares a run with: python -m hvdformer.bench_rank {horovod|allreduce} OUT ...
+"""A rank of what `hvdformer bench` compares a run with: python -m hvdformer.bench_rank WHAT OUT ...
 
-horovod: the same training by Horovod's DistributedOptimizer as its documentation shows it, settings included.
-allreduce: what the collective of hvdformer's own settings takes, for several sizes.
+horovod [CONFIG.yaml] key=value ...   the same training by Horovod's DistributedOptimizer as its documentation shows it
+allreduce DEVICE THREADS              what the collective takes under hvdformer's settings, for several sizes
 
 Rank 0 writes OUT, one JSON object.
 """
@@ -12,13 +12,14 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvdformer import runtime
-from hvdformer.config import config_from_dict
+from hvdformer.config import load_config
 from hvdformer.data.loader import BatchLoader
 from hvdformer.data.partition import local_micro_batches
 from hvdformer.distributed import comm, stock
@@ -31,15 +32,19 @@ ALLREDUCE_BYTES = (2**12, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26)
 
 def main(what: str, out: str, *settings: str) -> None:
     """Every rank calls it with the same arguments."""
-    told = train_by_horovod(settings[0]) if what == "horovod" else time_allreduces(*settings)
+    told = train_by_horovod(settings) if what == "horovod" else time_allreduces(*settings)
     if comm.is_first():
         Path(out).write_text(json.dumps(told), encoding="utf-8")
     comm.disconnect()
 
 
-def train_by_horovod(config_json: str) -> dict[str, Any]:
-    """The time at which each step ended, in seconds since 1970, and the loss of the last one."""
-    config = config_from_dict(json.loads(config_json), "bench")
+def train_by_horovod(settings: Sequence[str]) -> dict[str, Any]:
+    """The time at which each step ended, in seconds since 1970, and the loss of the last one.
+
+    settings: [CONFIG.yaml] key=value ..., as for `hvdformer train`.
+    """
+    path = Path(settings[0]) if "=" not in settings[0] else None
+    config = load_config(path, settings[1:] if path else settings)
     train = config.train
     world = stock.connect()
     on_gpu = train.device != "cpu" and torch.cuda.is_available()
