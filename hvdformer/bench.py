@@ -108,13 +108,19 @@ def prepare(
         sizes = [2**power for power in range(most.bit_length())]
     sizes = sorted({1, *sizes})
     check_world_size(config, sizes[-1])
+    name = launching.choose_launcher(wanted_launcher, sizes[-1], (), os.environ)
+    if name == "srun":
+        raise UserError(
+            "bench measures one machine, and srun would spread the ranks over the nodes of this Slurm allocation: in an "
+            "allocation of one node give --launcher mpirun"
+        )
     return Settings(
         config_path,
         tuple(overrides),
         tuple(sizes),
         steps,
         repeats,
-        launching.choose_launcher(wanted_launcher, sizes[-1], (), os.environ),
+        name,
         train.threads or max(1, tuning.usable_cores() // sizes[-1]),
     )
 

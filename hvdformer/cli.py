@@ -426,7 +426,7 @@ def build_horovod(gpu: str, mpi: str, jobs: int | None, wheel_dir: Path | None, 
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
     "--launcher",
-    type=click.Choice(["auto", "mpirun", "horovodrun-mpi", "horovodrun-gloo", "srun"]),
+    type=click.Choice(["auto", "mpirun", "horovodrun-mpi", "horovodrun-gloo"]),
     default="auto",
     show_default=True,
 )

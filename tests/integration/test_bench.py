@@ -128,7 +128,6 @@ def module(name, *arguments, cwd):
 
 def test_the_throughput_benchmark_runs_every_variant(tmp_path):
     """And stops by itself if they don't train the same: throughput.check_losses."""
-    pytest.importorskip("accelerate")
     command = [
         "--workload",
         "default",

@@ -109,6 +109,12 @@ def test_a_rank_is_not_to_start_ranks(monkeypatch):
         bench.prepare(None, [], [1, 2], 10, 1, "mpirun")
 
 
+def test_ranks_that_slurm_would_spread_are_refused(monkeypatch):
+    monkeypatch.setattr(bench.launching, "choose_launcher", lambda wanted, np, hosts, environment: "srun")
+    with pytest.raises(UserError, match="give --launcher mpirun"):
+        bench.prepare(None, [], [1, 2], 10, 1, "auto")
+
+
 def test_one_rank_is_always_measured_and_threads_are_shared_at_the_largest_size(monkeypatch):
     monkeypatch.setattr(bench.tuning, "usable_cores", lambda: 8)
     monkeypatch.setattr(bench.launching, "choose_launcher", lambda wanted, np, hosts, environment: wanted)
