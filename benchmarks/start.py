@@ -31,10 +31,8 @@ PARTS = {
 
 def rank(split_file: str, arguments: list[str]) -> None:
     """One rank: imports one after the other, then the command."""
-    import psutil
-
-    created = psutil.Process().create_time()
     marks = [time.time()]
+    created = marks[0] - own_age()
     import torch  # noqa: F401
 
     marks.append(time.time())
@@ -47,6 +45,12 @@ def rank(split_file: str, arguments: list[str]) -> None:
     if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK")) == "0":
         Path(split_file).write_text(json.dumps({"created": created, "marks": marks}))
     cli.cli.main(arguments)
+
+
+def own_age() -> float:
+    """Seconds since this process began, to 10 ms. What psutil gives rests on the time of boot in whole seconds."""
+    began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
 
 
 def measure(launcher: list[str]) -> dict[str, float]:
