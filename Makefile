@@ -2,7 +2,7 @@
 #   make train    set up, then train the default model on NP ranks:  make train NP=4 ARGS="train.steps=100"
 #   make test     set up, then run all tests:                        make test ARGS="-k resume"
 #   make check    ruff, mypy, shellcheck
-#   make bench    set up, then measure this machine beside PyTorch's own DDP
+#   make bench    set up, then measure this machine beside DDP, Hugging Face and plain PyTorch:  make bench ARGS="--busy"
 #   make image    the container image
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
@@ -36,7 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh .ci/run
 
-bench: setup $(VENV)/.dev
+bench: setup $(VENV)/.bench
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 image:
@@ -66,6 +66,10 @@ $(VENV)/.package: setup.cfg pyproject.toml $(VENV)/.torch
 
 $(VENV)/.dev: $(VENV)/.package
 	$(PIP) install -q -e ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(PIP) install -q -e ".[bench]"
 	touch $@
 
 # Builds for some minutes the first time; a wheel that was built before is taken from the cache, in any checkout.

@@ -1,8 +1,13 @@
 """The same training step with torch's DistributedDataParallel over gloo: what hvdformer is compared with.
 
-Model, data, micro-batches, precision, clipping and optimizer are hvdformer's own; only the fusion of the gradients is
-DDP's. Started by benchmarks.throughput, one process per rank, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
-Prints one JSON object from rank 0: the wall-clock time at the end of each step.
+    torchrun --nproc-per-node 2 -m benchmarks.ddp [--own-loss] key=value ...
+
+Model, data, micro-batches, precision, loss, clipping and optimizer are hvdformer's own; only the fusion of the gradients is
+DDP's. With --own-loss the loss is PyTorch's too, as in benchmarks/plain.py: what a user has who does without hvdformer.
+
+DDP is set up as its documentation advises where speed matters: gradients are views of the buckets, so that nothing is
+copied; all micro-batches but the last go under no_sync; buffers are not broadcast. Prints one JSON object from rank 0: the
+wall-clock time at the end of each step, and the loss of the last one.
 """
 
 from __future__ import annotations
@@ -15,69 +20,65 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from hvdformer.config import load_config
-from hvdformer.data.loader import BatchLoader, Sequences
-from hvdformer.data.shards import open_shards
-from hvdformer.data.standard_library import prepare_standard_library
-from hvdformer.optim import build_optimizer, learning_rate
+from benchmarks.plain import adamw, mean_loss
+from benchmarks.workloads import load, open_loader
+from hvdformer.config import Config
+from hvdformer.data.loader import Batch
+from hvdformer.optim import learning_rate
 from hvdformer.precision import autocast
 from hvdformer.tasks import causal_lm
 
 
+class WithLoss(torch.nn.Module):
+    """A model whose output is its loss: DDP hears of a forward only if it is called itself."""
+
+    def __init__(self, model: torch.nn.Module, config: Config, own_loss: bool) -> None:
+        super().__init__()
+        self.model, self.config, self.own_loss = model, config, own_loss
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The mean loss of a micro-batch."""
+        if self.own_loss:
+            return mean_loss(self.model, batch, self.config.train.precision)
+        with autocast(torch.device("cpu"), self.config.train.precision):
+            loss, count = causal_lm.loss_sum(self.model, batch)
+        return loss / count
+
+
 def main(overrides: list[str]) -> None:
+    own_loss = "--own-loss" in overrides
+    config = load([override for override in overrides if override != "--own-loss"])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group("gloo")
-    config = load_config(None, [*overrides, "model.vocab_size=257"])
-    train, device = config.train, torch.device("cpu")
-    sequences = Sequences(
-        open_shards(prepare_standard_library(causal_lm.default_cache())), config.model.context_length
-    )
-    loader = BatchLoader(
-        [sequences],
-        weights=[1.0],
-        seed=train.seed,
-        micro_batch=train.micro_batch,
-        num_micro_batches=train.global_batch // train.micro_batch,
-        rank=rank,
-        size=size,
-        document_mask=False,
-        shuffle=True,
-        device=device,
-    )
+    train = config.train
+    num_micro_batches = train.global_batch // train.micro_batch
+    loader = open_loader(config, rank, size)
     model = causal_lm.build_model(config)
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    parameters = list(model.parameters())
-    matrices, vectors = ([p for p in parameters if (p.ndim >= 2) == decays] for decays in (True, False))
-    optimizer = build_optimizer(matrices, vectors, config.optim, device)
-    targets = train.global_batch * config.model.context_length
+    replica = DistributedDataParallel(
+        WithLoss(model, config, own_loss), gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+    optimizer = adamw(model, config)
     times = []
     for step in range(train.steps):
         batches = loader.step(step * train.global_batch)
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with nullcontext() if last else replica.no_sync():
-                with autocast(device, train.precision):
-                    logits = replica(batch.tokens[:, :-1])
-                    loss = F.cross_entropy(
-                        logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="sum"
-                    )
-                (loss * size / targets).backward()  # DDP divides by the number of ranks
-                loss_sum += loss.detach()
-        dist.all_reduce(loss_sum)
-        torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            with nullcontext() if number == len(batches) - 1 else replica.no_sync():
+                loss = replica(batch) / num_micro_batches
+                (loss * size).backward()  # DDP divides by the number of ranks
+                total += loss.detach()
+        dist.all_reduce(total)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, train.steps, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets
         times.append(time.time())
-    if rank == 0:
-        print(json.dumps({"times": times, "loss": loss_sum.item() / targets}))
     loader.close()
+    if rank == 0:
+        print(json.dumps({"times": times, "loss": total.item()}))
     dist.destroy_process_group()
 
 

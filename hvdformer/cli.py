@@ -411,6 +411,53 @@ def build_horovod(gpu: str, mpi: str, jobs: int | None, wheel_dir: Path | None, 
     _run_local(lambda: build(gpu=gpu, mpi=mpi, jobs=jobs, wheel_dir=wheel_dir, force=force))
 
 
+@cli.command()
+@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+@click.option(
+    "-np",
+    "--np",
+    "sizes",
+    metavar="1,2,4",
+    help="Numbers of ranks.  [default: 1, 2, 4, ... up to one per GPU or core here, at most one per micro-batch]",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Timed steps, after 3 others."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--launcher",
+    type=click.Choice(["auto", "mpirun", "horovodrun-mpi", "horovodrun-gloo"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
+def bench(
+    arguments: tuple[str, ...],
+    sizes: str | None,
+    steps: int,
+    repeats: int,
+    launcher: str,
+    as_json: bool,
+) -> None:
+    """Measure this machine: scaling over ranks, where a step's time goes, and how far from the limit: docs/bench.md.
+
+    Takes minutes, and nothing else should run. The model and the step are those of train.
+    """
+    config_path, overrides = _split_arguments(arguments)
+
+    def measure() -> None:
+        from hvdformer import bench as benchmark
+
+        if sizes is not None and not all(part.isdecimal() and int(part) for part in sizes.split(",")):
+            raise UserError(f"--np: found {sizes!r}, expected numbers of ranks such as 1,2,4")
+        numbers = [int(part) for part in sizes.split(",")] if sizes else None
+        settings = benchmark.prepare(config_path, overrides, numbers, steps, repeats, launcher)
+        results = benchmark.bench(settings, lambda line: click.echo(line, err=True))
+        click.echo(json.dumps(results, indent=1) if as_json else benchmark.tables(results))
+
+    _run_local(measure)
+
+
 def main() -> None:
     """The console script."""
     cli.main(prog_name="hvdformer")

@@ -262,7 +262,7 @@ def _attempt(plan: Plan, number: int, down: Collection[str], stop: _Stop, say: S
     environment = {**os.environ, ATTEMPT: str(number), failures.VARIABLE: str(report)}
     # The run that attempt 1 began is this one: --resume never means no other.
     arguments = (*plan.arguments, "--resume", "auto") if number > 1 and _is_new_only(plan) else plan.arguments
-    rank_command = [*_program(), *arguments]
+    rank_command = [*program(), *arguments]
     before = _identity(plan.run_dir / METRICS_FILE)
     command = [*launcher_command(plan, np, hosts, environment), *rank_command]
     job = _Job(command, environment, rank_command, reads_stderr=plan.launcher != "plain")
@@ -332,7 +332,7 @@ _FORWARDED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 _FORWARDED_PREFIXES = ("HVDFORMER_", "HOROVOD_", "NCCL_", "OMP_", "MKL_")
 
 
-def _program() -> list[str]:
+def program() -> list[str]:
     """This hvdformer, as a command that needs no PATH."""
     script = Path(sys.executable).with_name("hvdformer")
     return [sys.executable, str(script)] if script.exists() else [sys.executable, "-m", "hvdformer"]
@@ -379,7 +379,7 @@ def default_np(hosts: Hosts, num_micro_batches: int, on_cpu: bool, environment: 
     elif _in_slurm_allocation(environment):
         np = int(environment["SLURM_NTASKS"])
     else:
-        np = (0 if on_cpu else _num_gpus(environment)) or tuning.usable_cores()
+        np = (0 if on_cpu else num_gpus(environment)) or tuning.usable_cores()
     return min(np, num_micro_batches)
 
 
@@ -438,7 +438,7 @@ def _in_batch_system(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "PE_HOSTFILE"))
 
 
-def _num_gpus(environment: Mapping[str, str]) -> int:
+def num_gpus(environment: Mapping[str, str]) -> int:
     """GPUs that the ranks may use, without loading torch."""
     if "CUDA_VISIBLE_DEVICES" in environment:
         return len(list(filter(None, environment["CUDA_VISIBLE_DEVICES"].split(","))))

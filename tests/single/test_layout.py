@@ -29,7 +29,7 @@ LEVELS = [
     {"state", "checkpoint", "run_folder", "doctor"},
     {"agreement", "reports", "run", "initialise", "evaluate", "inspection"},
     {"train"},
-    {"compare", "elastic", "launch"},
+    {"compare", "elastic", "launch", "bench", "bench_rank"},
     {"cli", "__main__"},
 ]
 
