@@ -244,7 +244,7 @@ def training(
                 seconds[name].append((time.perf_counter() - began) / steps)
         waits = count_waits(lambda: trainees["hvdformer"].step(micro_batches), device)
         dist.destroy_process_group()
-    del trainees  # the memory of the GPU, for the program that follows
+    trainees.clear()  # the memory of the GPU, for the program that follows
     if device.type == "cuda":
         torch.cuda.empty_cache()
     program = [
