@@ -457,7 +457,13 @@ def doctor(as_json: bool) -> None:
     show_default=True,
     help="Share of hidden communication that slows computing all the same: 1 where ranks fill a CPU's cores.",
 )
-@click.option("--algorithm", type=click.Choice(["auto", "ring", "tree"]), default="auto", show_default=True)
+@click.option(
+    "--algorithm",
+    type=click.Choice(["auto", "ring", "tree"]),
+    default="auto",
+    show_default=True,
+    help="Of an allreduce; auto: the faster one for each, as NCCL chooses.",
+)
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),
