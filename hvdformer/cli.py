@@ -437,7 +437,13 @@ def doctor(as_json: bool) -> None:
     show_default=True,
     help="Micro-batches of a GPU in a step.",
 )
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="bf16",
+    show_default=True,
+    help="Of forward and backward, for their memory; --tflops is to be the peak in it.",
+)
 @click.option(
     "--activation-checkpointing", is_flag=True, default=None, help="Recompute each block in backward."
 )

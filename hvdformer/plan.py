@@ -50,14 +50,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hvdformer.errors import UserError
 
 if TYPE_CHECKING:
-    from hvdformer.config import ModelConfig
+    from hvdformer.config import Config, ModelConfig
 
 NCCL_INTRA_LATENCY = 3.4e-6
 NCCL_LATENCY = 14e-6
@@ -471,6 +471,11 @@ class Measurement:
     runs: tuple[dict[str, float], ...]
     allreduces: tuple[dict[str, float], ...]
 
+    @property
+    def alone(self) -> dict[str, float]:
+        """The run at np 1."""
+        return next(run for run in self.runs if run["np"] == 1)
+
 
 def read_measurement(path: Path) -> Measurement:
     """Read a file for --measured; the module's docstring has its form.
@@ -520,7 +525,7 @@ def _numbers(
 
 def work_measured(measurement: Measurement, parameters: int | None, tokens: int | None = None) -> Work:
     """The step without communication, of the run at np 1; for another number of parameters, in proportion to it."""
-    alone = next(run for run in measurement.runs if run["np"] == 1)
+    alone = measurement.alone
     scale = parameters / alone["parameters"] if parameters else 1.0
     window = alone["backward_seconds"] / alone["micro_batches_per_rank"]
     return Work(
@@ -591,35 +596,37 @@ def fit_bandwidth(run: dict[str, float], cluster: Cluster, bucket_mib: float) ->
     return high
 
 
-def cluster_measured(cluster: Cluster, measurement: Measurement, bucket_mib: float) -> tuple[Cluster, str]:
-    """The cluster with the links that were measured, and a sentence that says which."""
-    said = []
-    for is_network in (False, True):
+_LINKS = ("bandwidth", "latency", "intra_bandwidth", "intra_latency")
+
+
+def cluster_measured(
+    cluster: Cluster, measurement: Measurement, bucket_mib: float
+) -> tuple[Cluster, dict[str, str]]:
+    """The cluster with the links that were measured, and for each of those constants from what."""
+    found: dict[str, str] = {}
+    for is_network, rate, latency in (
+        (False, "intra_bandwidth", "intra_latency"),
+        (True, "bandwidth", "latency"),
+    ):
         points = [p for p in measurement.allreduces if (p["nodes"] > 1) == is_network and p["np"] > 1]
         runs = [r for r in measurement.runs if (r["nodes"] > 1) == is_network and r["np"] > 1]
-        name = "network" if is_network else "links within a node"
         if points:
-            latency, bandwidth = fit_allreduce(points)
-            found = f"{len(points)} allreduces"
-            if is_network:
-                cluster = replace(cluster, latency=latency, bandwidth=bandwidth)
-            else:
-                cluster = replace(cluster, intra_latency=latency, intra_bandwidth=bandwidth)
+            seconds, bandwidth = fit_allreduce(points)
+            cluster = replace(cluster, base_latency=0.0, **{rate: bandwidth, latency: seconds})
+            found |= dict.fromkeys((rate, latency), f"measured, {len(points)} allreduces")
         elif runs:
             run = max(runs, key=lambda r: r["np"])
             at = replace(cluster, size=int(run["np"]), per_node=int(run["np"] / run["nodes"]))
             fitted = fit_bandwidth(run, at, bucket_mib)
             if fitted is None:
-                said.append(f"{name}: not measured, since latency alone would expose more than the runs show")
-                continue
-            bandwidth, found = fitted, f"what the run at np {run['np']:.0f} exposed"
-            cluster = replace(
-                cluster, **{"bandwidth" if is_network else "intra_bandwidth": bandwidth}
-            )  # the latency stays
-        else:
-            continue
-        said.append(f"{name}: {in_units(bandwidth, 'B/s')}, from {found}")
-    return cluster, "; ".join(said) or "no links: there is no run with more than one rank"
+                raise UserError(
+                    f"the run at np {run['np']:.0f} exposed {seconds_text(run['exposed_communication_seconds'])} of "
+                    "communication, less than latency and half a cycle alone: give --cycle-time and latencies that fit, "
+                    "or a file with allreduces"
+                )
+            cluster = replace(cluster, **{rate: fitted})
+            found[rate] = f"measured, what the run at np {run['np']:.0f} exposed"
+    return cluster, found
 
 
 # The plan
@@ -693,43 +700,32 @@ def plan(options: Options, config_path: Path | None = None, overrides: Sequence[
     from hvdformer.config import load_config
 
     config = load_config(config_path, overrides)
-    if options.parameters is None and config_path is None and not any("model." in o for o in overrides):
-        if options.measured is None:
-            raise UserError("no model: give --params 7b, or a CONFIG.yaml whose model has the shape")
-        parameters_asked: int | None = round(
-            next(r for r in read_measurement(options.measured).runs if r["np"] == 1)["parameters"]
+    measurement = read_measurement(options.measured) if options.measured else None
+    if measurement is not None and (options.tflops or options.mfu):
+        raise UserError(
+            "--tflops and --mfu have no effect with --measured, whose step time counts: leave them out"
         )
+    has_shape = config_path is not None or any(override.startswith("model.") for override in overrides)
+    asked = options.parameters
+    if asked is None and not has_shape:
+        if measurement is None:
+            raise UserError("no model: give --params 7b, or a CONFIG.yaml whose model has the shape")
+        asked = round(measurement.alone["parameters"])
+    if asked is not None:
+        model, vocab_size = llama_like(asked)
+        named = f"Llama-like, for {asked / 1e9:.4g} b"
     else:
-        parameters_asked = options.parameters
-    if parameters_asked is not None:
-        model, vocab_size = llama_like(parameters_asked)
-        named = f"Llama-like, for {parameters_asked / 1e9:.4g} b"
-    else:
-        model, vocab_size = config.model, config.model.vocab_size or _vocab_size(config.data.path)
+        model, vocab_size = config.model, config.model.vocab_size or _vocab_size(config)
         named = f"of {config_path or 'the settings'}"
     if options.context_length is not None:
         model = model.model_copy(update={"context_length": options.context_length})
     micro_batch = options.micro_batch or (config.train.micro_batch if config_path else 1)
-    recomputes = (
-        config.train.activation_checkpointing
-        if options.activation_checkpointing is None
-        else options.activation_checkpointing
-    )
+    recomputes = options.activation_checkpointing or config.train.activation_checkpointing
     bucket_mib = options.bucket_mib or config.fusion.bucket_mib
     every = options.every or config.fusion.every or 50
-    # Loads torch: not before the options have been found good.
-    cluster, sources = _cluster(options)
-    measurement = read_measurement(options.measured) if options.measured else None
-    if measurement is not None:
-        measured_cluster, said = cluster_measured(cluster, measurement, bucket_mib)
-        given = {
-            key: getattr(cluster, key)
-            for key in ("bandwidth", "latency", "intra_bandwidth", "intra_latency")
-            if getattr(options, key) is not None
-        }
-        cluster = replace(measured_cluster, **given)
-        sources.append(f"measured, {options.measured}: {said}")
+    cluster, sources = _cluster(options, measurement, bucket_mib)
 
+    # Loads torch: not before the options have been found good.
     from hvdformer.models.decoder import estimate_memory, parameter_count
 
     parameters = parameter_count(model, vocab_size)
@@ -738,25 +734,22 @@ def plan(options: Options, config_path: Path | None = None, overrides: Sequence[
     )
     if measurement is not None:
         work = work_measured(measurement, parameters)
-        alone = next(run for run in measurement.runs if run["np"] == 1)
+        before = round(measurement.alone["parameters"])
+        scaled = "" if before == parameters else f", in proportion for {parameters:,}"
         sources.append(
-            f"measured: a step of {seconds_text(alone['step_seconds'])} at np 1 with {alone['parameters']:,.0f} parameters"
-            + (
-                ""
-                if round(alone["parameters"]) == parameters
-                else f", in proportion for {parameters:,}; each rank does as much work as that one did"
-            )
+            f"compute: measured, a step of {seconds_text(measurement.alone['step_seconds'])} at np 1 with {before:,} "
+            f"parameters{scaled}; each rank does as much work as that one did"
         )
     else:
-        tflops = options.tflops or H100_TFLOPS
-        mfu = options.mfu or MFU
+        tflops, mfu = options.tflops or H100_TFLOPS, options.mfu or MFU
+        rate = tflops * 1e12 * mfu
         work = work_of(
             model,
             vocab_size,
             parameters,
             micro_batch,
             options.accumulate,
-            tflops * 1e12 * mfu,
+            rate,
             options.memory_bandwidth,
             recomputes,
         )
@@ -764,23 +757,24 @@ def plan(options: Options, config_path: Path | None = None, overrides: Sequence[
             f"compute: {tflops:g} TFLOP/s {'as given' if options.tflops else 'of an H100 SXM (data sheet, bf16)'} "
             f"x MFU {mfu:g} {'as given' if options.mfu else '(assumed)'}; memory {in_units(options.memory_bandwidth, 'B/s')}"
         )
-    num_micro_batches = cluster.size * options.accumulate
     rows = []
-    for kind in kinds(num_micro_batches):
+    for kind in kinds(cluster.size * options.accumulate):
         if kind.name == "adasum" and cluster.size & (cluster.size - 1):
             continue
-        row = predict(kind, work, cluster, bucket_mib, every)
-        best = min(_BUCKETS_MIB, key=lambda mib: predict(kind, work, cluster, mib, every)["step_seconds"])
-        at_best = predict(kind, work, cluster, best, every)["step_seconds"]
+        steps = {
+            mib: predict(kind, work, cluster, mib, every)["step_seconds"]
+            for mib in (*_BUCKETS_MIB, bucket_mib)
+        }
+        best = min(steps, key=lambda mib: steps[mib])
         parts = memory_of(kind, memory, parameters, cluster.size)
         rows.append(
             {
-                **row,
+                **predict(kind, work, cluster, bucket_mib, every),
                 "memory_bytes": sum(parts.values()),
                 "memory": parts,
                 "fits": sum(parts.values()) <= options.memory,
                 "best_bucket_mib": best,
-                "step_seconds_at_best_bucket": at_best,
+                "step_seconds_at_best_bucket": steps[best],
             }
         )
     return {
@@ -806,56 +800,60 @@ def plan(options: Options, config_path: Path | None = None, overrides: Sequence[
         "one_gpu_compute_seconds": work.compute_seconds,
         "overlap_window_seconds": work.window_seconds,
         "constants": {
-            "bandwidth": cluster.bandwidth,
-            "intra_bandwidth": cluster.intra_bandwidth,
-            "latency": cluster.latency,
-            "intra_latency": cluster.intra_latency,
-            "base_latency": cluster.base_latency,
-            "cycle": cluster.cycle,
-            "contention": cluster.contention,
-            "algorithm": cluster.algorithm,
+            key: value for key, value in asdict(cluster).items() if key not in ("size", "per_node")
         },
         "sources": sources,
         "kinds": rows,
     }
 
 
-def _vocab_size(data_path: str | None) -> int:
-    if data_path is None:
+def _vocab_size(config: Config) -> int:
+    path = config.data.mix[0].path if config.data.mix else config.data.path
+    if path is None:
         return 257  # bytes, as the default data
     from hvdformer.data.shards import open_shards
 
-    return open_shards(Path(data_path), "train").vocab_size
+    return open_shards(Path(path), "train").vocab_size
 
 
-def _cluster(options: Options) -> tuple[Cluster, list[str]]:
-    """The cluster of the options, and sentences on where its constants come from."""
-    per_node = options.gpus_per_node or min(8, options.gpus)
+def _cluster(
+    options: Options, measurement: Measurement | None, bucket_mib: float
+) -> tuple[Cluster, list[str]]:
+    """The cluster of the options and the measurement, and sentences on where its constants come from."""
     efficiency = options.link_efficiency or LINK_EFFICIENCY
-    bandwidth, intra = options.bandwidth or NDR_PORT, options.intra_bandwidth or H100_LINK
     cluster = Cluster(
         size=options.gpus,
-        per_node=per_node,
-        bandwidth=bandwidth * efficiency,
-        intra_bandwidth=intra * efficiency,
+        per_node=options.gpus_per_node or min(8, options.gpus),
+        bandwidth=(options.bandwidth or NDR_PORT) * efficiency,
+        intra_bandwidth=(options.intra_bandwidth or H100_LINK) * efficiency,
         latency=NCCL_LATENCY if options.latency is None else options.latency,
         intra_latency=NCCL_INTRA_LATENCY if options.intra_latency is None else options.intra_latency,
         cycle=CYCLE_SECONDS if options.cycle is None else options.cycle,
         algorithm=options.algorithm,
         contention=options.contention,
     )
-
-    def source(value: object, otherwise: str) -> str:
-        return "as given" if value is not None else otherwise
-
-    return cluster, [
-        f"network of a node: {in_units(bandwidth * 8, 'bit/s')} ({source(options.bandwidth, 'one NDR port')}), "
-        f"{seconds_text(cluster.latency)} a step ({source(options.latency, 'NCCL tuning.cc')})",
-        f"within a node: {in_units(intra, 'B/s')} a GPU, one way ({source(options.intra_bandwidth, 'NVLink of an H100')}), "
-        f"{seconds_text(cluster.intra_latency)} a step ({source(options.intra_latency, 'NCCL tuning.cc')})",
-        f"links reach {efficiency:g} of that ({source(options.link_efficiency, 'assumed')}); "
-        f"collectives: {cluster.algorithm}",
-    ]
+    found: dict[str, str] = {}
+    if measurement is not None:
+        fitted, found = cluster_measured(cluster, measurement, bucket_mib)
+        cluster = replace(
+            fitted, **{key: getattr(cluster, key) for key in _LINKS if getattr(options, key) is not None}
+        )
+    sources = []
+    for name, rate, latency, otherwise in (
+        ("network of a node", "bandwidth", "latency", "one NDR port"),
+        ("within a node, one GPU", "intra_bandwidth", "intra_latency", "NVLink of an H100"),
+    ):
+        parts = []
+        for key, unit, default in ((rate, "bandwidth", otherwise), (latency, "latency", "NCCL's tuning.cc")):
+            value = getattr(cluster, key)
+            shown = in_units(value, "B/s") if unit == "bandwidth" else f"{seconds_text(value)} a message"
+            origin = "as given" if getattr(options, key) is not None else found.get(key, default)
+            if unit == "bandwidth" and not origin.startswith("measured"):
+                assumed = "" if options.link_efficiency else ", assumed"
+                origin = f"{efficiency:g} of nominal{assumed}; {origin}"
+            parts.append(f"{shown} ({origin})")
+        sources.append(f"{name}: {', '.join(parts)}")
+    return cluster, sources
 
 
 def table(result: dict[str, Any]) -> str:
@@ -907,23 +905,16 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    notes = [
-        f"memory: {part} {in_units(size, 'B')}" for part, size in result["kinds"][0]["memory"].items() if size
-    ]
-    notes = [
-        "memory of "
-        + result["kinds"][0]["fusion"]
-        + ": "
-        + ", ".join(n.removeprefix("memory: ") for n in notes)
-    ]
+    first = result["kinds"][0]
+    parts = ", ".join(f"{part} {in_units(size, 'B')}" for part, size in first["memory"].items() if size)
+    notes = [f"memory of {first['fusion']}: {parts}"]
     better: dict[int, list[str]] = {}
     for row in result["kinds"]:
-        gain = row["step_seconds"] / row["step_seconds_at_best_bucket"] - 1
-        if gain > 0.02:
-            better.setdefault(row["best_bucket_mib"], []).append(f"{row['fusion']} by {100 * gain:.0f} %")
+        gain = row["step_seconds"] / row["step_seconds_at_best_bucket"]
+        if gain > 1.02:
+            better.setdefault(row["best_bucket_mib"], []).append(f"{row['fusion']} {gain:.3g} x")
     notes += [
-        f"fusion.bucket_mib={mib} would be faster: {', '.join(names)}"
-        for mib, names in sorted(better.items())
+        f"faster with fusion.bucket_mib={mib}: {', '.join(names)}" for mib, names in sorted(better.items())
     ]
     if not any(row["fits"] for row in result["kinds"]):
         notes.append(
