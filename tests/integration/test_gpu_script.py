@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import jobs
+from tests.gpu import test_gpu
 
 SCRIPT = str(jobs.ROOT / "benchmarks" / "gpu.sh")
 
@@ -118,3 +119,27 @@ def test_the_tests_for_a_gpu_skip_with_the_reason(tmp_path):
     finally:
         job.end()
     assert "torch finds no NVIDIA GPU here" in job.output and " passed" not in job.output
+
+
+@pytest.mark.parametrize("np", [1, 2])
+def test_the_collectives_that_are_tested_on_gpus_are_right_on_cpus(np, tmp_path):
+    """The same program, so that it is the GPU which is tested there."""
+    launcher = jobs.LAUNCHERS["mpirun" if np > 1 else "plain"](np)
+    job = jobs.Job(
+        [*launcher, sys.executable, "-c", test_gpu.COLLECTIVES, "cpu"], tmp_path, PYTHONPATH=str(jobs.ROOT)
+    )
+    try:
+        assert job.wait(120) == 0, job.output
+    finally:
+        job.end()
+    assert job.output.count("all collectives are right") == np
+
+
+def test_the_step_that_is_watched_for_waits_runs_on_a_cpu(tmp_path):
+    shutil.copytree(jobs.ROOT / "configs", tmp_path / "configs")
+    job = jobs.Job([sys.executable, "-c", test_gpu.WAITS, "cpu", "bf16"], tmp_path, PYTHONPATH=str(jobs.ROOT))
+    try:
+        assert job.wait(120) == 0, job.output
+    finally:
+        job.end()
+    assert "waits []" in job.output
