@@ -921,8 +921,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
             f"no kind fits into {in_units(result['memory_per_gpu'], 'B')}: every rank holds the whole model; take fewer "
             "parameters, --activation-checkpointing, or a smaller micro-batch"
         )
-    if any(row["fusion"] == "local_sgd" for row in result["kinds"]):
-        notes.append(
-            "local_sgd and diloco: efficiency is of tokens; they may need more of them (docs/fusion.md)"
-        )
+    notes.append("local_sgd and diloco: efficiency is of tokens; they may need more of them (docs/fusion.md)")
+    if not any(row["fusion"] == "adasum" for row in result["kinds"]):
+        notes.append(f"adasum takes 2, 4, 8, ... ranks, not {result['gpus']}")
     return notes
