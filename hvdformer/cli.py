@@ -392,6 +392,108 @@ def doctor(as_json: bool) -> None:
     _run_local(lambda: sys.exit(examine(as_json)))
 
 
+@cli.command()
+@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+@click.option(
+    "--params", metavar="N", help="Parameters, such as 7b or 350m: a Llama-like shape of about so many."
+)
+@click.option("--gpus", type=click.IntRange(min=1), required=True, help="Ranks in all, one a GPU.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Ranks of a node.  [default: 8, or all]")
+@click.option(
+    "--bandwidth", metavar="RATE", help="Of a node's network, one way: 400Gbit or 50GB, a second.  [400Gbit]"
+)
+@click.option("--latency", metavar="TIME", help="Of one message between nodes: 14us.  [14us, NCCL's]")
+@click.option(
+    "--intra-bandwidth", metavar="RATE", help="Of a GPU to its node's others, one way.  [450GB, NVLink 4]"
+)
+@click.option("--intra-latency", metavar="TIME", help="Of one message within a node.  [3.4us, NCCL's]")
+@click.option(
+    "--link-efficiency",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the nominal bandwidths that collectives reach.  [0.8]",
+)
+@click.option(
+    "--tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Peak of a GPU in TFLOP/s, dense, in the precision used.  [989, H100 in bf16]",
+)
+@click.option(
+    "--mfu",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of that peak that training reaches.  [0.4]",
+)
+@click.option("--memory", metavar="BYTES", help="Of a GPU: 80GB.  [80GB]")
+@click.option("--memory-bandwidth", metavar="RATE", help="Of a GPU's memory: 3.35TB, a second.  [3.35TB]")
+@click.option("--context-length", type=click.IntRange(min=1), help="Tokens a sequence.  [the model's]")
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    help="Sequences in one forward and backward.  [config's, or 1]",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Micro-batches of a GPU in a step.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="bf16",
+    show_default=True,
+    help="Of forward and backward, for their memory; --tflops is to be the peak in it.",
+)
+@click.option(
+    "--activation-checkpointing", is_flag=True, default=None, help="Recompute each block in backward."
+)
+@click.option(
+    "--bucket-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="MiB of gradients a collective.  [fusion.bucket_mib]",
+)
+@click.option(
+    "--every", type=click.IntRange(min=1), help="local_sgd, diloco: steps between two fusions.  [50]"
+)
+@click.option("--cycle-time", metavar="TIME", help="Between two of Horovod's negotiations.  [1ms]")
+@click.option(
+    "--contention",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of hidden communication that slows computing all the same: 1 where ranks fill a CPU's cores.",
+)
+@click.option(
+    "--algorithm",
+    type=click.Choice(["auto", "ring", "tree"]),
+    default="auto",
+    show_default=True,
+    help="Of an allreduce; auto: the faster one for each, as NCCL chooses.",
+)
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    help="Step time and links from a file of `hvdformer bench --json`; options given here win.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def plan(arguments: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Predict memory, step time and scaling efficiency of each kind of fusion on GPUs that are not here: docs/plan.md.
+
+    \b
+        hvdformer plan --params 7b --gpus 512 --bandwidth 400Gbit
+        hvdformer plan configs/llama-1b.yaml --gpus 64 --bandwidth 100Gbit --accumulate 2
+    """
+    config_path, overrides = _split_arguments(arguments)
+
+    def speak() -> None:
+        from hvdformer import plan as planning
+
+        result = planning.plan(planning.read_options(given), config_path, overrides)
+        click.echo(json.dumps(result, indent=1) if as_json else planning.table(result))
+
+    _speak_once(speak)
+
+
 @cli.command("build-horovod")
 @click.option("--gpu", type=click.Choice(["auto", "nccl", "none"]), default="auto", show_default=True)
 @click.option("--mpi", type=click.Choice(["auto", "system", "wheel"]), default="auto", show_default=True)

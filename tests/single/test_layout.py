@@ -26,7 +26,7 @@ LEVELS = [
         "horovod_build",
     },
     {"tasks", "runtime", "generate", "failures"},
-    {"state", "checkpoint", "run_folder", "doctor"},
+    {"state", "checkpoint", "run_folder", "doctor", "plan"},
     {"agreement", "reports", "run", "initialise", "evaluate", "inspection"},
     {"train"},
     {"compare", "elastic", "launch", "bench", "bench_rank"},
