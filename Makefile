@@ -34,7 +34,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 bench: setup $(VENV)/.dev
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
