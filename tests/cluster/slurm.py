@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import subprocess
 import time
@@ -21,7 +22,10 @@ NEEDED = {
 
 
 def missing() -> list[str]:
-    return [f"{program} (package {package})" for program, package in NEEDED.items() if not where(program)]
+    found = [f"{program} (package {package})" for program, package in NEEDED.items() if not where(program)]
+    if not ctypes.util.find_library("pmix"):
+        found.append("libpmix (package libpmix2)")  # which srun --mpi=pmix loads
+    return found
 
 
 class Slurm:

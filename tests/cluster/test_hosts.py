@@ -50,11 +50,12 @@ def launcher(name, hosts):
     """One rank on each host; the commands of docs/hosts.md."""
     listed = ",".join(f"{host}:1" for host in hosts)
     if name == "mpirun":
-        return ["mpirun", "-np", str(len(hosts)), "--host", listed, "--bind-to", "none",
+        return [str(jobs.BIN / "mpirun"), "-np", str(len(hosts)), "--host", listed, "--bind-to", "none",
                 "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0",
                 "-x", "PATH", "-x", "PYTHONPATH"]  # fmt: skip
     kind = "--" + name.removeprefix("horovodrun-")
-    return ["horovodrun", kind, "--network-interfaces", "eth0", "-np", str(len(hosts)), "-H", listed]
+    found = [f"--mpi-args=--prefix {jobs.BIN.parent}"] if kind == "--mpi" else []
+    return ["horovodrun", kind, *found, "--network-interfaces", "eth0", "-np", str(len(hosts)), "-H", listed]
 
 
 LAUNCHERS = ("horovodrun-gloo", "horovodrun-mpi", "mpirun")
@@ -91,10 +92,10 @@ def test_a_pulled_cable_ends_the_job_in_time_and_names_the_host(name, three_host
     assert seconds < TIMEOUT + 5, f"{seconds:.0f} s"  # 5 s for the launcher to take down what it started
 
 
-@pytest.mark.parametrize("name", ["mpirun", "horovodrun-gloo"])
+@pytest.mark.parametrize("name", ["mpirun", "horovodrun-mpi", "horovodrun-gloo"])
 def test_launch_goes_on_without_the_host_that_is_cut_off(name, three_hosts, tmp_path):
     hosts = three_hosts.names[:2]
-    words = {"mpirun": "--mca btl_tcp_if_include eth0", "horovodrun-gloo": "--network-interfaces eth0"}[name]
+    words = "--mca btl_tcp_if_include eth0" if name == "mpirun" else "--network-interfaces eth0"
     command = [jobs.HVDFORMER, "launch", "--launcher", name, "--launcher-arguments", words]
     command += [
         "--hosts",
