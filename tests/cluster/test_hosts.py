@@ -16,11 +16,11 @@ TIMEOUT = 10  # train.stall_timeout_seconds
 class Job:
     """A command on the first host."""
 
-    def __init__(self, hosts, folder, *command):
+    def __init__(self, hosts, folder, *command, **environment):
         self.hosts = hosts
         self.log = folder / f"output-{time.monotonic_ns()}.txt"
         settings = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(jobs.ROOT)}
+        settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(jobs.ROOT)} | environment
         self.process = hosts.start(hosts.names[0], *command, log=self.log, cwd=folder, **settings)
 
     def output(self):

@@ -20,8 +20,15 @@ from tests import jobs
 
 LAUNCH = jobs.ROOT / "launch"
 TINY = str(jobs.ROOT / "configs" / "tiny.yaml")
-STEPS = 300
-TRAIN = (TINY, f"train.steps={STEPS}", "train.sample_tokens=0", "--run-dir", "run")
+STEPS = 150
+TRAIN = (
+    TINY,
+    f"train.steps={STEPS}",
+    "train.sample_tokens=0",
+    "train.final_evaluate_sequences=8",
+    "--run-dir",
+    "run",
+)
 HERE = socket.gethostname()
 
 
