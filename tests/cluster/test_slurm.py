@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests import jobs
+from tests.integration.test_ways_to_run import commands, prepare
 
 SCRIPT = str(jobs.ROOT / "launch" / "slurm.sbatch")
 STEPS = 60
@@ -83,3 +84,18 @@ def test_a_mistake_ends_the_job_and_does_not_requeue_it(cluster, tmp_path):
         time.sleep(0.5)
     log = (tmp_path / f"hvdformer-{job}.log").read_text()
     assert state["JobState"] == "FAILED" and state["Restarts"] == "0" and "no.such.setting" in log
+
+
+@pytest.mark.parametrize("command", commands("slurm"))
+def test_a_command_of_the_page(command, cluster, tmp_path):
+    """docs/slurm.md, as it stands there."""
+    folder = prepare(tmp_path)
+    submit = command.replace("sbatch ", "sbatch --parsable ", 1)
+    job = cluster.run("bash", "-c", submit, cwd=folder).strip()
+    output = wait_for(lambda state, _: state == "COMPLETED", cluster, job, folder)
+    if "DOCTOR" in command:
+        assert "training can work here" in output and "launcher: srun (Slurm)" in output
+        return
+    run = folder / "runs" / ("brief" if "runs/brief" in command else "run")
+    steps = [line["step"] for line in jobs.metrics(run) if "grad_norm" in line]
+    assert steps == list(range(1, 31 if "steps=30" in command else 11))
