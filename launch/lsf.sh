@@ -42,7 +42,8 @@ done
 asked=0
 trap 'asked=1; echo "time is nearly up: saving"; kill -USR1 "$pid"' USR1
 # mpirun by its whole path: then it looks for its daemon in the same place on the other hosts.
-"$(command -v mpirun)" "${flags[@]}" "${ranks[@]}" &
+mpirun=$(command -v mpirun) || { echo "there is no mpirun on the PATH: activate the environment" >&2; exit 2; }
+"$mpirun" "${flags[@]}" "${ranks[@]}" &
 pid=$!
 while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done  # a signal ends a wait, not the job
 wait "$pid"  # its code, which bash keeps

@@ -29,4 +29,5 @@ done
 (( EUID == 0 )) && flags+=(--allow-run-as-root)
 
 # By its whole path: then it looks for its daemon in the same place on the other hosts, where ssh knows no such PATH.
-exec "$(command -v mpirun)" "${flags[@]}" "${ranks[@]}"
+mpirun=$(command -v mpirun) || { echo "there is no mpirun on the PATH: activate the environment" >&2; exit 2; }
+exec "$mpirun" "${flags[@]}" "${ranks[@]}"

@@ -39,7 +39,8 @@ for name in LD_LIBRARY_PATH PYTHONPATH "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}";
 done
 
 # mpirun by its whole path: then it looks for its daemon in the same place on the other hosts.
-"$(command -v mpirun)" "${flags[@]}" "${ranks[@]}" &
+mpirun=$(command -v mpirun) || { echo "there is no mpirun on the PATH: activate the environment" >&2; exit 2; }
+"$mpirun" "${flags[@]}" "${ranks[@]}" &
 pid=$!
 
 # mpirun passes SIGUSR1 on to the ranks, which finish the step, save and end with 0. `qsig -s USR1 JOB` asks for it too.
@@ -52,6 +53,7 @@ limit=0
 for part in $(qstat -f "$PBS_JOBID" | sed -n 's/^ *Resource_List.walltime = //p' | tr : ' '); do
   limit=$(( limit * 60 + 10#$part ))
 done
+(( limit )) || echo "qstat -f tells no walltime: nothing is saved ahead of a limit" >&2
 while kill -0 "$pid" 2>/dev/null; do
   (( asked || limit == 0 || SECONDS < limit - SAVE_SECONDS )) || save
   sleep 1

@@ -83,7 +83,7 @@ def test_a_mistake_ends_the_job_and_does_not_requeue_it(cluster, tmp_path):
     while (state := cluster.state(job, tmp_path))["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
         time.sleep(0.5)
     log = (tmp_path / f"hvdformer-{job}.log").read_text()
-    assert state["JobState"] == "FAILED" and state["Restarts"] == "0" and "no.such.setting" in log
+    assert state["JobState"] == "FAILED" and state["Restarts"] == "0" and "no such setting" in log
 
 
 @pytest.mark.parametrize("command", commands("slurm"))
