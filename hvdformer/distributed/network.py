@@ -43,15 +43,17 @@ def interfaces() -> dict[str, str]:
     return found
 
 
+def of(address: str) -> str:
+    """The network of an address with its length: 10.99.0.0/24 of 10.99.0.1/24. Pure."""
+    return str(ipaddress.ip_interface(address).network)
+
+
 def shared(hosts: list[dict[str, str]]) -> list[str]:
     """The networks on which each of these hosts has an interface with an address of its own. Pure.
 
     hosts: what `interfaces` gives on each of them, one entry a host.
     """
-    networks = [
-        {str(ipaddress.ip_interface(text).network): ipaddress.ip_interface(text).ip for text in host.values()}
-        for host in hosts
-    ]
+    networks = [{of(address): address for address in host.values()} for host in hosts]
     common = set(networks[0]).intersection(*networks[1:])
     return sorted(name for name in common if len({host[name] for host in networks}) == len(hosts))
 

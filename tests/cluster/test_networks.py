@@ -82,7 +82,10 @@ def test_mpirun_on_a_network_that_leads_nowhere(interface, hosts, tmp_path):
 def test_the_interface_that_all_hosts_share_works(hosts, tmp_path):
     flags = ["--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
     text = end_of(hosts, tmp_path, [*mpirun(hosts, *flags), *DOCTOR], code=0)
-    assert "networks of all hosts: 0: 10.99.0.0/24 results" in text
+    first, second = hosts.names[:2]
+    assert "10.99.0.0/24: works" in text
+    assert f"10.98.0.0/24: {first} does not reach {second}, {second} does not reach {first}" in text
+    assert "172.17.0.0/16:" not in text  # each has it for itself
     flags = ["--mca", "btl_tcp_if_include", "10.99.0.0/24"]
     end_of(hosts, tmp_path, [*mpirun(hosts, *flags), *DOCTOR], code=0)
 
