@@ -38,6 +38,7 @@ class Slurm:
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "OMP_NUM_THREADS": "1",
+            "OMPI_MCA_mpi_yield_when_idle": "1",  # both hosts share the cores
             # More than one interface would do no harm here, but ranks must not try the loopback one.
             "OMPI_MCA_btl_tcp_if_include": "eth0",
         }

@@ -14,6 +14,7 @@ from tests.integration.test_launch_files import LAUNCH, Lsf, Pbs, mpijob
 from tests.integration.test_ways_to_run import commands, prepare
 
 TINY = str(jobs.ROOT / "configs" / "tiny.yaml")
+BRIEF = ("train.sample_tokens=0", "train.final_evaluate_sequences=8")
 TIMEOUT = 10  # train.stall_timeout_seconds
 
 
@@ -24,6 +25,8 @@ class Job:
         self.hosts = hosts
         self.log = folder / f"output-{time.monotonic_ns()}.txt"
         settings = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        # Each host takes the cores for its own, but all share them: a rank that polls would hold up the others.
+        settings |= {"OMPI_MCA_mpi_yield_when_idle": "1"}
         settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(jobs.ROOT)} | environment
         self.process = hosts.start(hosts.names[0], *command, log=self.log, cwd=folder, **settings)
 
@@ -69,7 +72,7 @@ LAUNCHERS = ("horovodrun-gloo", "horovodrun-mpi", "mpirun")
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_launcher_trains_on_several_hosts(name, number, three_hosts, tmp_path):
     command = [*launcher(name, three_hosts.names[:number]), jobs.HVDFORMER, "train", TINY]
-    with Job(three_hosts, tmp_path, *command, "train.sample_tokens=0", "--run-dir", "run") as job:
+    with Job(three_hosts, tmp_path, *command, *BRIEF, "--run-dir", "run") as job:
         assert job.wait() == 0, job.output()
     assert f"{number} ranks (1 on this host)" in job.output()
     assert f"controller {'Gloo' if 'gloo' in name else 'MPI'}" in job.output()
@@ -110,7 +113,7 @@ def test_launch_goes_on_without_the_host_that_is_cut_off(name, three_hosts, tmp_
         "ssh -o ConnectTimeout=3",
     ]
     command += ["--", "train", TINY, "train.steps=60", f"train.stall_timeout_seconds={TIMEOUT}"]
-    with Job(three_hosts, tmp_path, *command, "train.sample_tokens=0", "--run-dir", "run") as job:
+    with Job(three_hosts, tmp_path, *command, *BRIEF, "--run-dir", "run") as job:
         job.wait_for("step 12/")
         three_hosts.cut(hosts[1])
         try:
@@ -155,7 +158,7 @@ def test_hosts_with_other_numbers_of_cores_train(three_hosts, tmp_path):
     hosts = three_hosts.names[:2]
     three_hosts.change(hosts[1], "taskset", "--cpu-list", "--pid", "0", "$PID")
     try:
-        command = [*launcher("mpirun", hosts), jobs.HVDFORMER, "train", TINY, "train.sample_tokens=0"]
+        command = [*launcher("mpirun", hosts), jobs.HVDFORMER, "train", TINY, *BRIEF]
         with Job(three_hosts, tmp_path, *command, "--run-dir", "run") as job:
             assert job.wait() == 0, job.output()
     finally:
@@ -183,7 +186,7 @@ def test_a_batch_file_on_two_hosts(batch, three_hosts, tmp_path):
     system = batch(tmp_path)
     (system.folder / "nodes").write_text("".join(f"{host}\n" * 2 for host in hosts))
     script = str(LAUNCH / f"{batch.__name__.lower()}.sh")
-    command = ["bash", script, TINY, "train.steps=100", "train.sample_tokens=0", "--run-dir", "run"]
+    command = ["bash", script, TINY, "train.steps=100", *BRIEF, "--run-dir", "run"]
     environment = {**system.environment, "NETWORK": "eth0"}
     with Job(three_hosts, tmp_path, *command, **environment) as job:
         job.wait_for("step 12/")
@@ -252,7 +255,7 @@ def test_one_rank_of_each_node_builds_the_default_data(is_shared, three_hosts, t
     command[command.index("--host") + 1] = ",".join(f"{host}:2" for host in hosts)
     command[command.index("-np") + 1] = "4"
     command += ["python", str(tmp_path / "recorder.py"), "train", TINY, "train.steps=2"]
-    command += ["train.sample_tokens=0", f"data.cache_dir={cache}", "--run-dir", "run", str(log)]
+    command += [*BRIEF, f"data.cache_dir={cache}", "--run-dir", "run", str(log)]
     if not is_shared:
         three_hosts.change(hosts[1], "mount", "-t", "tmpfs", "tmpfs", str(cache))
     try:

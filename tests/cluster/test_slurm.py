@@ -9,7 +9,12 @@ from tests.integration.test_ways_to_run import commands, prepare
 
 SCRIPT = str(jobs.ROOT / "launch" / "slurm.sbatch")
 STEPS = 60
-COMMAND = (str(jobs.ROOT / "configs" / "tiny.yaml"), f"train.steps={STEPS}", "train.sample_tokens=0")
+COMMAND = (
+    str(jobs.ROOT / "configs" / "tiny.yaml"),
+    f"train.steps={STEPS}",
+    "train.sample_tokens=0",
+    "train.final_evaluate_sequences=8",
+)
 LAUNCHERS = ("srun", "mpirun", "launch")
 
 
