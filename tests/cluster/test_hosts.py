@@ -209,7 +209,7 @@ def test_the_mpijobs_command_on_two_hosts(three_hosts, tmp_path):
     small = {
         "mpirun": str(jobs.BIN / "mpirun"),  # in the image, ssh knows the PATH
         "/opt/hvdformer/configs/gpt2-124m.yaml": TINY,
-        "data.path=data/mine": "train.sample_tokens=0",
+        "data.path=data/mine": "train.final_evaluate_sequences=8",
         "XDG_CACHE_HOME=/work/cache": f"XDG_CACHE_HOME={tmp_path}/cache",
     }
     lines = [f"{host} slots={spec['slotsPerWorker']}\n" for host in three_hosts.names[:2]]

@@ -340,7 +340,7 @@ def test_the_command_of_the_mpijob_trains(tmp_path):
     arguments = spec["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["args"]
     small = {
         "/opt/hvdformer/configs/gpt2-124m.yaml": TINY,
-        "data.path=data/mine": "train.sample_tokens=0",
+        "data.path=data/mine": "train.final_evaluate_sequences=8",
         "eth0": "lo",
         "NCCL_SOCKET_IFNAME=eth0": "NCCL_SOCKET_IFNAME=lo",
         "XDG_CACHE_HOME=/work/cache": f"XDG_CACHE_HOME={tmp_path}/cache",
