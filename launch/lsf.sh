@@ -33,7 +33,7 @@ flags=(
   -x PATH                                  # so that the other hosts find this environment's python and hvdformer
 )
 [[ -n $NETWORK ]] && flags+=(--mca btl_tcp_if_include "$NETWORK" --mca oob_tcp_if_include "$NETWORK")
-for name in LD_LIBRARY_PATH PYTHONPATH "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}"; do
+for name in LD_LIBRARY_PATH PYTHONPATH "${!HVDFORMER_@}" "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}"; do
   [[ -n ${!name:-} ]] && flags+=(-x "$name")
 done
 

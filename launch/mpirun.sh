@@ -19,8 +19,8 @@ flags=(
 [[ -n $HOSTS ]] && flags+=(--host "$HOSTS")
 # For the ranks' data, and for mpirun's own words with the other hosts.
 [[ -n $NETWORK ]] && flags+=(--mca btl_tcp_if_include "$NETWORK" --mca oob_tcp_if_include "$NETWORK")
-# What steers Python, Horovod, NCCL and threads in this shell holds for the ranks on the other hosts too.
-for name in LD_LIBRARY_PATH PYTHONPATH "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}"; do
+# What steers Python, hvdformer, Horovod, NCCL and threads here holds for the ranks on the other hosts too.
+for name in LD_LIBRARY_PATH PYTHONPATH "${!HVDFORMER_@}" "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}"; do
   [[ -n ${!name:-} ]] && flags+=(-x "$name")
 done
 # More ranks than cores is refused by default; on a laptop, or for a test, it is meant.

@@ -125,10 +125,11 @@ def explain(
     """What may keep the ranks from each other, and what to try. Pure."""
     used = [f"{name}={environment[name]}" for name in _USED if environment.get(name)]
     own = [name for name in here if _OWN_NETWORK.fullmatch(name)]
+    others = "1 other rank" if launch.size == 2 else f"{launch.size - 1} other ranks"
     lines = [
-        f"rank {launch.rank} on {socket.gethostname()} has waited {seconds:.0f} s for the other {launch.size - 1} ranks, and "
-        f"waits {limit - seconds:.0f} s more. Either some have not started yet, or the hosts do not reach each other on the "
-        f"network in use ({', '.join(used) or 'all interfaces that are up'}).",
+        f"rank {launch.rank} on {socket.gethostname()} has waited {seconds:.0f} s for {others}, and waits "
+        f"{limit - seconds:.0f} s more. Either not all have started yet, or the hosts do not reach each other on the network "
+        f"in use ({', '.join(used) or 'all interfaces that are up'}).",
         f"Interfaces of this host: {_listed(here) or 'none that is up'}."
         + (f" {', '.join(own)}: a network within each host, which leads to no other one." if own else ""),
         _advice(here),

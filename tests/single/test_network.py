@@ -36,7 +36,7 @@ def test_the_advice_names_an_interface_that_may_lead_elsewhere():
     assert "docker0, br-0123456789ab: a network within each host" in text
     assert "(OMPI_MCA_btl_tcp_if_include=docker0)" in text
     assert "--network-interfaces ib0" in text and "--mca btl_tcp_if_include ib0" in text
-    assert "the other 3 ranks" in text and "waits 580 s more" in text
+    assert "20 s for 3 other ranks" in text and "waits 580 s more" in text
     # A bridge that a host made over its own card, with a name of its own, is a way to others.
     assert "--network-interfaces br0" in network.explain(RANK_1, {"br0": "10.0.0.1/8"}, {}, 20, 600)
 
