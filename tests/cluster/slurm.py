@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import subprocess
 import time
@@ -23,8 +22,9 @@ NEEDED = {
 
 def missing() -> list[str]:
     found = [f"{program} (package {package})" for program, package in NEEDED.items() if not where(program)]
-    if not ctypes.util.find_library("pmix"):
-        found.append("libpmix (package libpmix2)")  # which srun --mpi=pmix loads
+    if not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")):
+        # What Debian's srun --mpi=pmix loads is a name that only the package for developers has.
+        found.append("libpmix.so (package libpmix-dev)")
     return found
 
 
