@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests import jobs
+from tests.integration.test_troubleshooting import assert_told
 from tests.integration.test_ways_to_run import commands, prepare
 
 SCRIPT = str(jobs.ROOT / "launch" / "slurm.sbatch")
@@ -104,3 +105,15 @@ def test_a_command_of_the_page(command, cluster, tmp_path):
     run = folder / "runs" / ("brief" if "runs/brief" in command else "run")
     steps = [line["step"] for line in jobs.metrics(run) if "grad_norm" in line]
     assert steps == list(range(1, 31 if "steps=30" in command else 11))
+
+
+@pytest.mark.parametrize("kind,code", [("pmix", 0), ("none", 1), ("pmi2", 1)])
+def test_what_open_mpi_says_to_the_kinds_of_srun(kind, code, cluster, tmp_path):
+    program = "from mpi4py import MPI; print(MPI.COMM_WORLD.size, 'ranks')"
+    command = f'srun --mpi={kind} --nodes=2 --ntasks-per-node=1 python -c "{program}" 2>&1; echo code $?'
+    text = cluster.run("bash", "-c", command, cwd=tmp_path)
+    assert f"code {code}" in text
+    if code:
+        assert_told(text, "OPAL ERROR: Unreachable", "pmix3x_client.c")
+    else:
+        assert text.count("2 ranks") == 2
