@@ -1,6 +1,7 @@
-# Each target does its own set-up; a second call starts at once. Nothing here needs root.
+# Each target does its own set-up; a second call starts at once. Nothing here needs root, but for test-cluster.
 #   make train    set up, then train the default model on NP ranks:  make train NP=4 ARGS="train.steps=100"
 #   make test     set up, then run all tests:                        make test ARGS="-k resume"
+#   make test-cluster    set up, then the tests on several hosts and a Slurm of this machine; says what is missing
 #   make check    ruff, mypy, shellcheck
 #   make bench    set up, then measure this machine beside DDP, Hugging Face and plain PyTorch:  make bench ARGS="--busy"
 #   make image    the container image
@@ -21,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train test check bench image setup FORCE
+.PHONY: train test test-cluster check bench image setup FORCE
 .DELETE_ON_ERROR:
 
 train: setup
@@ -30,11 +31,15 @@ train: setup
 test: setup $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
+test-cluster: setup $(VENV)/.dev
+	$(BIN)/python -m tests.cluster
+	$(BIN)/python -m pytest tests/cluster $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 bench: setup $(VENV)/.bench
 	$(BIN)/python -m benchmarks.throughput $(ARGS)

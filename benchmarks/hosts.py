@@ -141,7 +141,9 @@ def network(folder: Path, num: int = 2, rate: str | None = None) -> Iterator[Hos
             sh("ip", "-n", name, "link", "set", "lo", "up")
             sh("ip", "-n", name, "link", "set", "eth0", "up")
             if rate is not None:
-                shape = ("root", "tbf", "rate", rate, "burst", "32kb", "latency", "50ms")
+                # What the kernel may send between two ticks of its timer: too little of it, and 1 Gbit/s is not reached.
+                burst = "256kb" if "gbit" in rate else "32kb"
+                shape = ("root", "tbf", "rate", rate, "burst", burst, "latency", "50ms")
                 sh("tc", "-n", name, "qdisc", "add", "dev", "eth0", *shape)
         options = ["StrictModes=no", "UsePAM=no", "PidFile=none", "PermitRootLogin=prohibit-password"]
         options += [f"HostKey={key}", "AuthorizedKeysFile=/root/.ssh/authorized_keys", "MaxStartups=100"]

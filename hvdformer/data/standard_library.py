@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import socket
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,8 @@ def prepare_standard_library(cache: Path) -> Path:
     folder = cache / name
     if (folder / INDEX_FILE).is_file():
         return folder
-    temporary = cache / f".{name}-{os.getpid()}"
+    # With the host: the cache may be shared, and processes in containers have the same low numbers.
+    temporary = cache / f".{name}-{socket.gethostname()}-{os.getpid()}"
     tokenizer = Tokenizer.byte()
     splits: dict[str, list[tuple[np.ndarray, int]]] = {"train": [], "validation": []}
     for path, text in documents():

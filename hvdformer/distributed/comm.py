@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from hvdformer.distributed import launcher, tuning
+from hvdformer.distributed import launcher, network, tuning
 from hvdformer.errors import RunError, UserError
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def connect(*, on_gpu: bool = False) -> World:
     Raises:
         WorldChanged: of an elastic job, another rank has gone in the meantime.
         UserError: Horovod is missing or built for another torch; or a launcher started several processes that
-            Horovod sees as one each.
+            Horovod sees as one each; or this host has no way to the others.
     """
     launch = launcher.detect(os.environ)
     if launch is not None and launch.launcher == "torchrun" and launch.size > 1:
@@ -77,7 +77,15 @@ def connect(*, on_gpu: bool = False) -> World:
             "change: unset it, and start horovodrun without --cycle-time-ms"
         )
     choices = tuning.apply(os.environ, launch, on_gpu=on_gpu)
-    _check_own_name(launch)
+    try:
+        _check_own_name()
+        if not is_elastic:
+            network.check(launch, os.environ)
+    except UserError:
+        if launch is not None and launch.local_rank:
+            time.sleep(5)  # the launcher ends this rank when the one of its host that speaks has gone
+            abort(UserError.exit_code)
+        raise
     try:
         import horovod.torch as hvd
     except ImportError as error:
@@ -87,7 +95,8 @@ def connect(*, on_gpu: bool = False) -> World:
     _hosts.have_changed = False
     sockets_before = _open_sockets()
     try:
-        hvd.init()
+        with network.waiting_for_ranks(launch, is_elastic=is_elastic):
+            hvd.init()
     except (
         Exception
     ) as error:  # Horovod raises whatever its C++ side met; all of it means that the job can't start.
@@ -121,11 +130,11 @@ def connect(*, on_gpu: bool = False) -> World:
     return world
 
 
-def _check_own_name(launch: launcher.Launch | None) -> None:
+def _check_own_name() -> None:
     """Gloo looks up the address of its host's own name, and ends the process by an abort if there is none.
 
     Raises:
-        UserError: Gloo is going to be used and the name has no address. One rank of the host tells it.
+        UserError: Gloo is going to be used and the name has no address.
     """
     uses = {os.environ.get(name, "").lower() for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")}
     if "gloo" not in uses:
@@ -133,9 +142,6 @@ def _check_own_name(launch: launcher.Launch | None) -> None:
     try:
         socket.getaddrinfo(host_name(), None)
     except OSError as error:
-        if launch is not None and launch.local_rank:
-            time.sleep(5)  # the launcher ends this rank when the one that speaks has gone
-            abort(UserError.exit_code)
         raise UserError(
             f"the name of this host, {host_name()}, has no address ({error.strerror}), and Gloo needs it: add a line "
             f"'ADDRESS {host_name()}' to /etc/hosts (127.0.1.1 will do for ranks on this host alone), or start with "

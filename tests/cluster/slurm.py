@@ -21,7 +21,11 @@ NEEDED = {
 
 
 def missing() -> list[str]:
-    return [f"{program} (package {package})" for program, package in NEEDED.items() if not where(program)]
+    found = [f"{program} (package {package})" for program, package in NEEDED.items() if not where(program)]
+    if not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")):
+        # What Debian's srun --mpi=pmix loads is a name that only the package for developers has.
+        found.append("libpmix.so (package libpmix-dev)")
+    return found
 
 
 class Slurm:
@@ -34,6 +38,7 @@ class Slurm:
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "OMP_NUM_THREADS": "1",
+            "OMPI_MCA_mpi_yield_when_idle": "1",  # both hosts share the cores
             # More than one interface would do no harm here, but ranks must not try the loopback one.
             "OMPI_MCA_btl_tcp_if_include": "eth0",
         }

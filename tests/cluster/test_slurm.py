@@ -5,10 +5,17 @@ import time
 import pytest
 
 from tests import jobs
+from tests.integration.test_troubleshooting import assert_told
+from tests.integration.test_ways_to_run import commands, prepare
 
 SCRIPT = str(jobs.ROOT / "launch" / "slurm.sbatch")
 STEPS = 60
-COMMAND = (str(jobs.ROOT / "configs" / "tiny.yaml"), f"train.steps={STEPS}", "train.sample_tokens=0")
+COMMAND = (
+    str(jobs.ROOT / "configs" / "tiny.yaml"),
+    f"train.steps={STEPS}",
+    "train.sample_tokens=0",
+    "train.final_evaluate_sequences=8",
+)
 LAUNCHERS = ("srun", "mpirun", "launch")
 
 
@@ -82,4 +89,31 @@ def test_a_mistake_ends_the_job_and_does_not_requeue_it(cluster, tmp_path):
     while (state := cluster.state(job, tmp_path))["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
         time.sleep(0.5)
     log = (tmp_path / f"hvdformer-{job}.log").read_text()
-    assert state["JobState"] == "FAILED" and state["Restarts"] == "0" and "no.such.setting" in log
+    assert state["JobState"] == "FAILED" and state["Restarts"] == "0" and "no such setting" in log
+
+
+@pytest.mark.parametrize("command", commands("slurm"))
+def test_a_command_of_the_page(command, cluster, tmp_path):
+    """docs/slurm.md, as it stands there."""
+    folder = prepare(tmp_path)
+    submit = command.replace("sbatch ", "sbatch --parsable ", 1)
+    job = cluster.run("bash", "-c", submit, cwd=folder).strip()
+    output = wait_for(lambda state, _: state == "COMPLETED", cluster, job, folder)
+    if "DOCTOR" in command:
+        assert "training can work here" in output and "launcher: srun (Slurm)" in output
+        return
+    run = folder / "runs" / ("brief" if "runs/brief" in command else "run")
+    steps = [line["step"] for line in jobs.metrics(run) if "grad_norm" in line]
+    assert steps == list(range(1, 31 if "steps=30" in command else 11))
+
+
+@pytest.mark.parametrize("kind,code", [("pmix", 0), ("none", 1), ("pmi2", 1)])
+def test_what_open_mpi_says_to_the_kinds_of_srun(kind, code, cluster, tmp_path):
+    program = "from mpi4py import MPI; print(MPI.COMM_WORLD.size, 'ranks')"
+    command = f'srun --mpi={kind} --nodes=2 --ntasks-per-node=1 python -c "{program}" 2>&1; echo code $?'
+    text = cluster.run("bash", "-c", command, cwd=tmp_path)
+    assert f"code {code}" in text
+    if code:
+        assert_told(text, "OPAL ERROR: Unreachable", "pmix3x_client.c")
+    else:
+        assert text.count("2 ranks") == 2
