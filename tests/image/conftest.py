@@ -15,7 +15,9 @@ FIGURES: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu", action="store_true", help="also build the image for GPUs: 25 GB of disk")
+    parser.addoption(
+        "--gpu", metavar="TORCH", help="also build the image for GPUs, with this torch: 25 GB of disk"
+    )
     parser.addoption("--keep", metavar="DIR", help="keep the engine's images in DIR, for the next call")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -62,7 +61,12 @@ class Shell:
         log = self.folder / f"output-{time.monotonic_ns()}.txt"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [*self.words, command], cwd=self.folder, env=self.environment, stdout=output, stderr=output
+                [*self.words, command],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         return process, log
 
@@ -143,7 +147,7 @@ def test_nothing_of_this_machine_is_in_the_image_but_by_its_base(engine, image):
     found = engine.succeed(
         "run", "--rm", "--user", "0", image, "bash", "-c", leftovers.replace("(", "\\(").replace(")", "\\)")
     )
-    left = [line for line in found.split() if "/ensurepip/" not in line]
+    left = [line for line in found.split() if not line.startswith("/usr/share/python-wheels/")]
     assert not left, left
 
 
@@ -222,7 +226,7 @@ def test_shared_memory_that_is_too_small_is_named(engine, image):
 def test_docker_sh_trains_as_the_user_who_calls_it(shell, image, data):
     here = shell(STRANGER)
     output = here.succeed("launch/docker.sh doctor")
-    assert "training can work here" in output and re.search(r"^ranks: 2$", output, re.MULTILINE), output
+    assert "training can work here" in output and "ranks: 2\n" in output, output
     output = here.succeed(f"DATA={data} NP=3 launch/docker.sh {' '.join(TINY)} --run-dir runs/run")
     assert "3 ranks" in output
     assert owners(here.folder / "runs") == {STRANGER}
@@ -234,9 +238,9 @@ def test_docker_sh_takes_configs_and_settings_of_the_shell(shell, image):
     (here.folder / "mine").mkdir()
     tiny = (jobs.ROOT / "configs" / "tiny.yaml").read_text()
     (here.folder / "mine" / "own.yaml").write_text(tiny.replace("steps: 20", "steps: 3"))
-    output = here.succeed("CONFIGS=mine HOROVOD_CYCLE_TIME=7 launch/docker.sh train configs/own.yaml")
+    here.succeed("CONFIGS=mine launch/docker.sh train configs/own.yaml")
     assert len([line for line in jobs.metrics(here.folder / "runs" / "own") if "loss" in line]) == 3
-    assert "HOROVOD_CYCLE_TIME=7" in here.succeed("HOROVOD_CYCLE_TIME=7 launch/docker.sh doctor") + output
+    assert "but you set 7" in here.succeed("HOROVOD_CYCLE_TIME=7 launch/docker.sh doctor")
 
 
 def test_docker_sh_says_that_no_gpu_reaches_a_container(shell, image):
@@ -299,6 +303,12 @@ def test_two_containers_are_two_hosts(shell, engine, image, ssh_image, data, out
                 command = command.replace("mpirun ", "mpirun -x OMP_NUM_THREADS ")
                 runs.append(command.split("runs/")[-1])
                 wait_for_port(engine, "node2")
+            if "ssh-keygen" in command:
+                # ssh-keygen wants a user with a name, and this machine may have none of that number.
+                subprocess.run(["bash", "-euc", command], cwd=here.folder, check=True)
+                for path in [here.folder / "ssh", *(here.folder / "ssh").iterdir()]:
+                    os.chown(path, USER, USER)
+                continue
             output = here.succeed(command)
             if "docker exec" in command:
                 assert "2 ranks (1 on this host)" in output, output
@@ -342,9 +352,10 @@ def test_sshd_lets_in_only_who_has_the_key(engine, ssh_image):
 
 
 def test_the_image_for_gpus_has_nccl(engine, request, figures):
-    if not request.config.getoption("--gpu"):
-        pytest.skip("25 GB of disk and 15 minutes: only with --gpu")
-    log = engine.build("hvdformer-gpu", GPU="nccl", TORCH=os.environ.get("TORCH_GPU", "torch"))
+    torch = request.config.getoption("--gpu")
+    if not torch:
+        pytest.skip("25 GB of disk and 15 minutes: only with --gpu TORCH, such as --gpu torch==2.14.1")
+    log = engine.build("hvdformer-gpu", GPU="nccl", TORCH=torch)
     assert "[X] NCCL" in log
     built = engine.succeed("run", "--rm", "hvdformer-gpu", "horovodrun", "--check-build")
     for part in ("PyTorch", "MPI", "Gloo", "NCCL"):
