@@ -25,7 +25,7 @@ from hvdformer.tasks import causal_lm
 
 @torch.inference_mode()
 def evaluate(
-    model: torch.nn.Module,
+    model: Decoder,
     validation: Sequence[Sequences],
     config: Config,
     world: World,

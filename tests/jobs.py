@@ -148,8 +148,14 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics without the timings, which no two runs share."""
-    timings = {"time", "tokens_per_second", "step_seconds", "train_seconds", "data_seconds", "fusion_seconds"}
-    return [{key: value for key, value in line.items() if key not in timings} for line in metrics(run_dir)]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("time", "tokens_per_second") and not key.endswith("_seconds")
+        }
+        for line in metrics(run_dir)
+    ]
 
 
 def weights_and_optimizer(run_dir: Path, step: int) -> dict[str, str]:

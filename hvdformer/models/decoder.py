@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     @property
-    def output_weight(self) -> torch.nn.Parameter:
+    def output_weight(self) -> torch.Tensor:
         """(V, D): what a hidden state is multiplied by to give the logits."""
         return self.embedding.weight if self.head is None else self.head.weight
 
