@@ -18,21 +18,49 @@ _BLOCK = 64
 MAX_TOKENS = 1024  # the probabilities are kept for backward, T^2 / 2 a head: beyond this they would be most of the memory
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(q k^T / sqrt(K), each token seeing itself and those before it) v: (B, H, T, K) each, and the result.
 
+    cos, sin: (T, K) as in layers.Rotary; q and k are first turned by them, while they are copied anyway.
     Products in the dtype of the inputs, the softmax in fp32, as in torch's plain ("math") attention.
     """
-    return _CausalAttention.apply(q, k, v)
+    return _CausalAttention.apply(q, k, v, cos, sin)
+
+
+def _turned(
+    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, scale: float = 1.0
+) -> torch.Tensor:
+    """A contiguous copy of (B, H, T, K) times `scale`, with each pair of numbers turned where there are angles."""
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if cos is None or sin is None:
+        return torch.mul(x, scale, out=y).to(x.dtype)
+    half, wide, cos, sin = x.shape[-1] // 2, x.float(), cos * scale, sin * scale
+    torch.mul(wide, cos, out=y)
+    y[..., :half].addcmul_(wide[..., half:], sin[:, :half])
+    y[..., half:].addcmul_(wide[..., :half], sin[:, half:])
+    return y.to(x.dtype)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+    ) -> torch.Tensor:
         B, H, T, K = q.shape
         with torch.autocast(q.device.type, enabled=False):
-            q = (q * K**-0.5).reshape(B * H, T, K)
-            k, v = k.reshape(B * H, T, K), v.reshape(B * H, T, K)
+            q = _turned(q, cos, sin, K**-0.5).view(B * H, T, K)
+            k, v = _turned(k, cos, sin).view(B * H, T, K), v.reshape(B * H, T, K)
             hidden = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=q.device).triu(1)
             y = torch.empty_like(q)
             probabilities = []
@@ -43,12 +71,13 @@ class _CausalAttention(torch.autograd.Function):
                 p = torch.softmax(scores, dim=-1)
                 y[:, a:b] = torch.bmm(p, v[:, :b])
                 probabilities.append(p)
+        ctx.angles = cos, sin
         ctx.save_for_backward(q, k, v, *probabilities)
         return y.view(B, H, T, K)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *probabilities = ctx.saved_tensors
         B, H, T, K = gradient.shape
         g = gradient.reshape(B * H, T, K)
@@ -61,5 +90,7 @@ class _CausalAttention(torch.autograd.Function):
             dv[:, :b] += torch.bmm(p.transpose(1, 2), g[:, a:b])
             dq[:, a:b] = torch.bmm(ds, k[:, :b])
             dk[:, :b] += torch.bmm(ds.transpose(1, 2), q[:, a:b])
-        dq *= K**-0.5
-        return tuple(x.to(gradient.dtype).view(B, H, T, K) for x in (dq, dk, dv))
+        dq, dk, dv = (x.to(gradient.dtype).view(B, H, T, K) for x in (dq, dk, dv))
+        cos, sin = ctx.angles
+        back = None if sin is None else -sin
+        return _turned(dq, cos, back, K**-0.5), _turned(dk, cos, back), dv, None, None

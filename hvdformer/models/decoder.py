@@ -126,13 +126,13 @@ def estimate_memory(
     tokens = micro_batch * config.context_length
     width, kv_heads = config.width, config.kv_heads or config.heads
     item = 4 if precision == "fp32" else 2
-    # Both norms of a block: their inputs, and for rmsnorm the normalised form, are fp32 in every precision.
-    norms = 2 * width * (2 if config.norm == "rmsnorm" else 1)
+    # Both norms of a block: their inputs are fp32 in every precision.
+    norms = 2 * width
     # q, k and v, views of one projection
     attention = width + 2 * (width // config.heads) * kv_heads
     if config.positions == "rotary" or kv_heads != config.heads:
         attention += 2 * width  # copies: q and k turned, or k and v repeated
-    feed_forward = ffn_width(config) * (4 if config.activation == "swiglu" else 2)
+    feed_forward = ffn_width(config) * (3 if config.activation == "swiglu" else 2)
     # and the outputs of both norms and of attention
     block = tokens * (4 * norms + item * (attention + feed_forward + 3 * width))
     # As each is used up in backward, the gradients of the feed-forward come to half of what it kept.

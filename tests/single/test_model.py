@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hvdformer.config import load_config
 from hvdformer.data.loader import Batch
+from hvdformer.models import layers
 from hvdformer.models import loss as loss_module
 from hvdformer.models.attention import causal_attention
 from hvdformer.models.decoder import Decoder, estimate_memory, parameter_count
@@ -200,6 +201,21 @@ def test_the_loss_leaves_out_the_first_token_of_a_document():
     parts = [causal_lm.loss_sum(model, Batch(part, None)) for part in (inputs[:, :10], inputs[:, 10:])]
     assert count == 29 == sum(part[1] for part in parts)
     torch.testing.assert_close(loss, parts[0][0] + parts[1][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("settings", [[], ["kv_heads=2"], [*GPT2]], ids=["modern", "grouped", "gpt2"])
+def test_what_is_made_for_cpus_gives_torchs_own_gradients(settings, monkeypatch):
+    """Norm, rotary positions, attention, SwiGLU: by hand, and as torch's own functions compute them."""
+    batch = Batch(tokens(2, 33), None)
+    results = []
+    for by_hand in (True, False):
+        monkeypatch.setattr(layers, "by_hand", lambda x, by_hand=by_hand: by_hand)
+        model = make(*settings).train()
+        loss, _ = causal_lm.loss_sum(model, batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
