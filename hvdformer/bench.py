@@ -390,8 +390,12 @@ def machine() -> dict[str, Any]:
 def tables(results: dict[str, Any]) -> str:
     """The results for the person."""
     runs = results["runs"]
-    speed = [("np", "scaling", "tokens/s", "(min to max)", "efficiency", "of the limit", "of plain Horovod")]
-    split = [("np", "scaling", "step", "data", "forward", "backward", "communication", "update", "other")]
+    speed: list[tuple[str, ...]] = [
+        ("np", "scaling", "tokens/s", "(min to max)", "efficiency", "of the limit", "of plain Horovod")
+    ]
+    split: list[tuple[str, ...]] = [
+        ("np", "scaling", "step", "data", "forward", "backward", "communication", "update", "other")
+    ]
     for run in runs:
         low, high = run["tokens_per_second_range"]
         efficiency = run.get(f"{run['scaling']}_efficiency")
