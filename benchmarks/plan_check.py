@@ -1,9 +1,10 @@
 """How far `hvdformer plan` is off: against published runs of Horovod, and against runs on this machine.
 
     python -m benchmarks.plan_check --published            needs nothing: prints the table of docs/plan.md
+    python -m benchmarks.plan_check --network              the same for benchmarks/results/network-100mbit.json
     python -m benchmarks.plan_check [--np 2 4] [--repeats 3] [--steps 25] [key=value ...]
 
-The second one measures allreduces of several sizes under mpirun at the smallest of --np, fits latency and bandwidth to
+The last one measures allreduces of several sizes under mpirun at the smallest of --np, fits latency and bandwidth to
 them, trains at np 1, and predicts step time, exposed communication and bytes of every --np, each kind of fusion in
 --kinds; then it trains there too, in turn, and prints prediction beside measurement. Nothing of the runs at --np goes
 into the predictions. Each rank has one thread.
@@ -138,6 +139,59 @@ def published_table() -> str:
     return "\n".join(lines)
 
 
+# Two hosts on a slow network: benchmarks/results/network-100mbit.json, measured by benchmarks.network
+
+
+def network() -> list[dict[str, Any]]:
+    """Each kind of that file with the model's step. Only computing is taken from it: what local_sgd's step leaves."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "network-100mbit.json").read_text())
+    settings = dict(setting.split("=") for setting in report["settings"])
+    tokens = int(settings["train.global_batch"]) * int(settings["model.context_length"])
+    num_micro_batches = int(settings["train.global_batch"]) // int(settings["train.micro_batch"])
+    rate = parse_rate("100mbit") * LINK_EFFICIENCY
+    cluster = Cluster(size=2, per_node=1, bandwidth=rate, intra_bandwidth=rate, base_latency=0.0, cycle=0.01)
+    by_name = {kind.name: kind for kind in kinds(num_micro_batches)}
+
+    def split(fusion: str) -> tuple[Kind, int]:
+        name = fusion if fusion in by_name else fusion.split(":")[0]
+        every = [int(part[6:]) for part in fusion.split(":") if part.startswith("every=")]
+        return by_name[name], every[0] if every else 1
+
+    def step(kind: Kind, every: int, compute: float) -> dict[str, Any]:
+        work = Work(compute, BACKWARD_SHARE * compute, 0.0, report["parameters"], None)
+        return predict(kind, work, cluster, 2, every)
+
+    measured = {entry["fusion"]: tokens / entry["tokens_per_second"] for entry in report["results"]}
+    calibration = next(fusion for fusion in measured if fusion.startswith("local_sgd"))
+    kind, every = split(calibration)
+    compute = measured[calibration] - step(kind, every, 0.0)["step_seconds"]
+    rows = []
+    for fusion, seconds in measured.items():
+        kind, every = split(fusion)
+        found = step(kind, every, compute)
+        rows.append(
+            {
+                "fusion": fusion,
+                "bytes_sent": found["bytes_sent"],
+                "predicted": found["step_seconds"],
+                "measured": seconds,
+                "error": found["step_seconds"] / seconds - 1,
+                "is_calibration": fusion == calibration,
+            }
+        )
+    return rows
+
+
+def network_table() -> str:
+    lines = ["| fusion | sent a step | step predicted | measured | error |", "|---|---|---|---|---|"]
+    for row in network():
+        error = "0, by which computing is known" if row["is_calibration"] else f"{100 * row['error']:+.0f} %"
+        lines.append(
+            f"| {row['fusion']} | {row['bytes_sent'] / 1e6:.2f} MB | {row['predicted']:.2f} s | {row['measured']:.2f} s | {error} |"
+        )
+    return "\n".join(lines)
+
+
 # This machine
 
 SIZES = (2**14, 2**17, 2**19, 2**21, 2**23)
@@ -232,6 +286,7 @@ def train(size: int, kind: str, steps: int, overrides: list[str]) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--published", action="store_true")
+    parser.add_argument("--network", action="store_true")
     parser.add_argument("--inside-ranks", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--np", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=3)
@@ -244,6 +299,8 @@ def main() -> None:
         measure_allreduces()
     elif arguments.published:
         print(published_table())
+    elif arguments.network:
+        print(network_table())
     else:
         check(arguments)
 

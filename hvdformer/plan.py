@@ -414,7 +414,7 @@ def predict(kind: Kind, work: Work, cluster: Cluster, bucket_mib: float, every: 
     wait = cluster.cycle / 2 if n > 1 else 0.0
     communication = exposed = bytes_sent = 0.0
     for op, width, when in kind.collectives:
-        nbytes = width * parameters
+        nbytes = float(width * parameters)
         # The parts of local_sgd's 12 bytes, weights and two moments, travel one after the other.
         rounds = 3 if when == "fuse" else 1
         each = cluster.seconds(op, nbytes / rounds / num_buckets)
@@ -612,7 +612,8 @@ def cluster_measured(
         runs = [r for r in measurement.runs if (r["nodes"] > 1) == is_network and r["np"] > 1]
         if points:
             seconds, bandwidth = fit_allreduce(points)
-            cluster = replace(cluster, base_latency=0.0, **{rate: bandwidth, latency: seconds})
+            links: dict[str, Any] = {rate: bandwidth, latency: seconds}
+            cluster = replace(cluster, base_latency=0.0, **links)
             found |= dict.fromkeys((rate, latency), f"measured, {len(points)} allreduces")
         elif runs:
             run = max(runs, key=lambda r: r["np"])
@@ -624,7 +625,8 @@ def cluster_measured(
                     "communication, less than latency and half a cycle alone: give --cycle-time and latencies that fit, "
                     "or a file with allreduces"
                 )
-            cluster = replace(cluster, **{rate: fitted})
+            links = {rate: fitted}
+            cluster = replace(cluster, **links)
             found[rate] = f"measured, what the run at np {run['np']:.0f} exposed"
     return cluster, found
 
@@ -678,7 +680,7 @@ def read_options(given: dict[str, Any]) -> Options:
         "memory": parse_bytes,
     }
     names = {"params": "parameters", "cycle_time": "cycle"}
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in given.items():
         if value is None:
             continue
