@@ -70,7 +70,8 @@ def test_a_launch_script(script, np, folder):
 
 @pytest.mark.skipif(not jobs.has("shellcheck"), reason="shellcheck is not installed")
 def test_shell_files_pass_shellcheck():
-    files = [*map(str, (jobs.ROOT / "launch").glob("*.sh")), str(jobs.ROOT / ".ci" / "run")]
+    files = [str(path) for path in (jobs.ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")]
+    files.append(str(jobs.ROOT / ".ci" / "run"))
     done = subprocess.run(
         ["shellcheck", *files], capture_output=True, text=True, env=jobs.environment(), check=False
     )
