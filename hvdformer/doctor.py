@@ -106,6 +106,8 @@ def _check_collectives() -> tuple[dict[str, Any], list[str]]:
     try:
         here = runtime.start()
     except (UserError, RunError, comm.Agreed) as error:
+        if isinstance(error, network.NoWay):
+            click.echo(f"hvdformer: {error}", err=True)  # rank 0, which prints the report, cannot know it
         return {}, [str(error)]
     results = run_selftest(here.world, here.device)
     gathered = comm.gather_json(results, "selftest results")

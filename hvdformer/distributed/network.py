@@ -30,6 +30,10 @@ _OWN_NETWORK = re.compile(
 _USED = ("HOROVOD_GLOO_IFACE", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude")
 
 
+class NoWay(UserError):
+    """This host has no way to the others: what only its own ranks know, so that one of them has to tell it."""
+
+
 def interfaces() -> dict[str, str]:
     """{interface: IPv4 address and length of the network} of this host's interfaces that are up, without the loopback."""
     found = {}
@@ -62,14 +66,14 @@ def check(launch: Launch | None, environment: Mapping[str, str]) -> None:
     """Look whether this rank of horovodrun's Gloo has the interface that was asked for, and reaches horovodrun.
 
     Raises:
-        UserError: it does not.
+        NoWay: it does not.
     """
     if launch is None or "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in environment:
         return
     wanted = environment.get("HOROVOD_GLOO_IFACE", "")
     names = psutil.net_if_addrs()
     if wanted and wanted not in names:
-        raise UserError(
+        raise NoWay(
             f"rank {launch.rank} on {socket.gethostname()}: there is no network interface {wanted} here, which Gloo is to "
             f"use, but {_listed(interfaces()) or 'none'}. {_advice(interfaces())}"
         )
@@ -79,7 +83,7 @@ def check(launch: Launch | None, environment: Mapping[str, str]) -> None:
     try:
         socket.create_connection((address[0], int(address[1])), timeout=10).close()
     except OSError as error:
-        raise UserError(
+        raise NoWay(
             f"rank {launch.rank} on {socket.gethostname()} does not reach horovodrun at {address[0]}, port {address[1]} "
             f"({error.strerror or error}): that is not an address of a network which the hosts share, or a firewall is between "
             f"them. Interfaces here: {_listed(interfaces())}. {_advice(interfaces())}"

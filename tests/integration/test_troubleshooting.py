@@ -14,11 +14,11 @@ TINY = str(jobs.ROOT / "configs" / "tiny.yaml")
 IS_ROOT = os.geteuid() == 0
 MPIRUN = str(jobs.BIN / "mpirun") if (jobs.BIN / "mpirun").exists() else shutil.which("mpirun")
 
-# Rank 1 comes to the allreduce 4 seconds late.
+# Rank 1 comes to the allreduce 9 seconds late.
 LATE = """
 import time, torch, horovod.torch as hvd
 hvd.init()
-time.sleep(4 * hvd.rank())
+time.sleep(9 * hvd.rank())
 hvd.allreduce(torch.ones(1), name="late")
 """
 
@@ -76,7 +76,11 @@ def test_torchrun(tmp_path):
 def test_a_rank_that_is_killed(tmp_path):
     script = 'if [ "$OMPI_COMM_WORLD_RANK" = 1 ]; then kill -9 $$; fi; sleep 30'
     found = output(["mpirun", "--oversubscribe", "-np", "2", "bash", "-c", script], tmp_path)
-    assert_told(found, "noticed that process rank 1", "exited on signal 9")
+    expected = "Primary job terminated normally, but 1 process returned a non-zero exit code"
+    if expected in found:  # one or the other, depending on what mpirun hears first
+        assert_told(found, expected)
+    else:
+        assert_told(found, "noticed that process rank 1", "exited on signal 9")
 
 
 def test_a_rank_that_comes_late(tmp_path):
