@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -34,6 +35,11 @@ class Shell:
         # Debian's docker before any other that is on the PATH.
         self.environment = {**engine.environment, "PATH": f"/usr/bin:{os.environ['PATH']}", "GPUS": ""}
         self.environment |= {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
+        self.environment["DOCKER_CONFIG"] = str(folder / ".docker")
+        # The most that an engine may give that is started here.
+        self.environment["ULIMITS"] = (
+            f"memlock={resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]} stack=67108864"
+        )
         self.words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "bash", "-euc"]
 
     def run(self, command, timeout=300):
