@@ -243,9 +243,9 @@ def test_docker_sh_takes_configs_and_settings_of_the_shell(shell, image):
     here = shell(STRANGER)
     (here.folder / "mine").mkdir()
     tiny = (jobs.ROOT / "configs" / "tiny.yaml").read_text()
-    (here.folder / "mine" / "own.yaml").write_text(tiny.replace("steps: 20", "steps: 3"))
+    (here.folder / "mine" / "own.yaml").write_text(tiny.replace("steps: 20", "steps: 7"))
     here.succeed("CONFIGS=mine launch/docker.sh train configs/own.yaml")
-    assert len([line for line in jobs.metrics(here.folder / "runs" / "own") if "loss" in line]) == 3
+    assert len([line for line in jobs.metrics(here.folder / "runs" / "own") if "loss" in line]) == 7
     assert "but you set 7" in here.succeed("HOROVOD_CYCLE_TIME=7 launch/docker.sh doctor")
 
 
