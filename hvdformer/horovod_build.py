@@ -415,6 +415,12 @@ def _build(decided: Plan, store: Path) -> Path:
         if decided.gpu:
             nccl = _shadow_nccl(Path(decided.environment["HOROVOD_NCCL_HOME"]), folder)
             environment["HOROVOD_NCCL_HOME"] = str(nccl)
+            toolkit = _shadow_toolkit(Path(decided.environment["CUDA_HOME"]), folder)
+            environment |= {
+                "HOROVOD_CUDA_HOME": str(toolkit),
+                "CUDA_HOME": str(toolkit),
+                "CUDACXX": str(toolkit / "bin" / "nvcc"),
+            }
         command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-cache-dir"]
         command += ["--no-build-isolation", "--no-deps"]  # torch must be importable while building
         command += ["--wheel-dir", str(folder / "wheel"), f"horovod=={HOROVOD_VERSION}"]
@@ -763,6 +769,26 @@ def _shadow_nccl(home: Path, folder: Path) -> Path:
     for library in libraries:
         (shadow / "lib" / library.name).symlink_to(library)
     (shadow / "lib" / "libnccl.so").symlink_to(libraries[0])
+    return shadow
+
+
+def _shadow_toolkit(home: Path, folder: Path) -> Path:
+    """The CUDA toolkit as nvcc and CMake look for it; PyPI's has lib in place of lib64, and libcudart.so.13 alone."""
+    libraries = sorted((home / "lib").glob("libcudart.so.*"))
+    if not libraries or (home / "lib64").exists() or (home / "lib" / "libcudart.so").exists():
+        return home
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copy2(source, target)
+
+    # Not symbolic links: nvcc follows them to its own file, and looks for the libraries beside that.
+    shadow = folder / "cuda"
+    shutil.copytree(home, shadow, copy_function=link)
+    (shadow / "lib" / "libcudart.so").symlink_to(libraries[-1].name)
+    (shadow / "lib64").symlink_to("lib")
     return shadow
 
 

@@ -10,7 +10,10 @@ NP=${NP:-}                           # ranks; empty: one per GPU, or 2 on the CP
 RUNS=${RUNS:-$PWD/runs}              # folder here for the runs; /work/runs in the container, so runs/... in arguments
 DATA=${DATA:-}                       # folder here with data; /work/data there, to be read only; empty: none
 CONFIGS=${CONFIGS:-}                 # folder here with configs; /work/configs there; empty: the image's
-SHM_SIZE=${SHM_SIZE:-1g}             # shared memory, see below
+SHM_SIZE=${SHM_SIZE:-1g}             # shared memory: ranks of one host exchange data there; docker gives 64 MiB
+# Limits. What a network card or a GPU reads directly is locked in memory, far beyond the usual limit; and libraries put large
+# buffers on the stack, for which NVIDIA's own images ask 64 MiB. Empty: the engine's, where it may not raise them.
+ULIMITS=${ULIMITS-memlock=-1 stack=67108864}
 RUN_AS=${RUN_AS:-$(id -u):$(id -g)}  # user and group that the ranks run as: what they write is yours
 
 (( $# )) || set -- train
@@ -31,11 +34,10 @@ flags=(
   --init                    # a process 1 that passes signals on and clears up after dead ranks
   --stop-timeout 120        # seconds from docker stop to the kill: enough to finish a step and save
   --user "$RUN_AS"
-  --shm-size "$SHM_SIZE"    # ranks of one host exchange data there (Open MPI, NCCL); docker gives 64 MiB, and they fail
-  --ulimit memlock=-1       # what a network card or GPU reads directly is locked in memory, beyond the usual limit
-  --ulimit stack=67108864   # 64 MiB, as NVIDIA's own images ask: libraries put large buffers on the stack
+  --shm-size "$SHM_SIZE"
   --volume "$(realpath "$RUNS"):/work/runs"
 )
+for limit in $ULIMITS; do flags+=(--ulimit "$limit"); done
 [[ -n $GPUS ]] && flags+=(--gpus "$GPUS")
 [[ -n $DATA ]] && flags+=(--volume "$(realpath "$DATA"):/work/data:ro")
 [[ -n $CONFIGS ]] && flags+=(--volume "$(realpath "$CONFIGS"):/work/configs:ro")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -34,6 +35,11 @@ class Shell:
         # Debian's docker before any other that is on the PATH.
         self.environment = {**engine.environment, "PATH": f"/usr/bin:{os.environ['PATH']}", "GPUS": ""}
         self.environment |= {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
+        self.environment["DOCKER_CONFIG"] = str(folder / ".docker")
+        # The most that an engine may give that is started here.
+        self.environment["ULIMITS"] = (
+            f"memlock={resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]} stack=67108864"
+        )
         self.words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "bash", "-euc"]
 
     def run(self, command, timeout=300):
@@ -237,9 +243,9 @@ def test_docker_sh_takes_configs_and_settings_of_the_shell(shell, image):
     here = shell(STRANGER)
     (here.folder / "mine").mkdir()
     tiny = (jobs.ROOT / "configs" / "tiny.yaml").read_text()
-    (here.folder / "mine" / "own.yaml").write_text(tiny.replace("steps: 20", "steps: 3"))
+    (here.folder / "mine" / "own.yaml").write_text(tiny.replace("steps: 20", "steps: 7"))
     here.succeed("CONFIGS=mine launch/docker.sh train configs/own.yaml")
-    assert len([line for line in jobs.metrics(here.folder / "runs" / "own") if "loss" in line]) == 3
+    assert len([line for line in jobs.metrics(here.folder / "runs" / "own") if "loss" in line]) == 7
     assert "but you set 7" in here.succeed("HOROVOD_CYCLE_TIME=7 launch/docker.sh doctor")
 
 

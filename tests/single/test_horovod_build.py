@@ -23,6 +23,7 @@ from hvdformer.horovod_build import (
     _run_ranks,
     _run_with_progress,
     _shadow_nccl,
+    _shadow_toolkit,
     cuda_architectures,
     cxx_standard,
     extract_errors,
@@ -354,6 +355,21 @@ def test_nccl_of_the_wheel_gets_the_link_that_the_linker_wants(tmp_path):
     assert sorted(entry.name for entry in (home / "lib").iterdir()) == ["libnccl.so.2"], (
         "site-packages stays as it was"
     )
+
+
+def test_the_toolkit_of_the_wheels_gets_the_folders_that_nvcc_wants(tmp_path):
+    home = tmp_path / "nvidia" / "cu13"
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib/libcudart.so.13", "lib/libcudart_static.a"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(name)
+    shadow = _shadow_toolkit(home, tmp_path / "build")
+    assert (shadow / "lib64" / "libcudart.so").read_text() == "lib/libcudart.so.13"
+    assert (shadow / "lib64" / "libcudart_static.a").exists()
+    nvcc = (shadow / "bin" / "nvcc").resolve()
+    assert nvcc.is_relative_to(tmp_path / "build"), "nvcc looks beside its own file"
+    assert not (home / "lib64").exists() and not (home / "lib" / "libcudart.so").exists()
+    (home / "lib64").symlink_to("lib")
+    assert _shadow_toolkit(home, tmp_path / "other") == home, "an ordinary toolkit is taken as it is"
 
 
 def test_the_survey_of_this_machine_gives_a_plan():
