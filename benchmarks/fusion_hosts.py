@@ -26,7 +26,8 @@ import torch
 
 from benchmarks.hosts import missing, network
 from benchmarks.network import SETTINGS, Run, settings_of
-from benchmarks.throughput import ROOT, cpu_name
+from benchmarks.processes import ROOT
+from hvdformer.bench import machine
 from hvdformer.compare import load_configs, parse_kinds
 from hvdformer.models.decoder import parameter_count
 
@@ -75,7 +76,7 @@ def main() -> None:
     report |= {
         "command": "python -m benchmarks.fusion_hosts",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine(),
         "versions": {
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -38,8 +38,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.fusion import Trainee
-from benchmarks.throughput import ROOT, cpu_name, together
+from benchmarks.processes import ROOT, run_hvdformer
 from hvdformer import runtime
+from hvdformer.bench import machine as this_machine
 from hvdformer.config import Config, load_config
 from hvdformer.data.loader import Batch
 from hvdformer.distributed import comm
@@ -136,7 +137,7 @@ def main() -> None:
     # Before this process joins a job and takes memory of the GPU: both would reach the program.
     program = [*settings, f"train.device={arguments.device}", "optim.warmup_steps=2"]
     program += [f"train.steps={max(12, 2 * arguments.steps)}"]
-    whole_program = [together([([], program)]) for _ in range(3)]
+    whole_program = [rate_of_program(program) for _ in range(3)]
     here = runtime.start(arguments.device)
     if here.device.type == "cuda":
         import horovod.torch as hvd
@@ -175,7 +176,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         }
-    return facts | {"name": f"CPU {cpu_name()}"}
+    return facts | {"name": f"CPU {this_machine()['cpu']}"}
 
 
 def synchronize(device: torch.device) -> None:
@@ -201,6 +202,14 @@ def matrix_product_peaks(device: torch.device, sizes: tuple[int, ...]) -> dict[s
             best = min(best, (time.perf_counter() - began) / repeats)
         peaks[str(size)] = 2 * size**3 / best / 1e12
     return peaks
+
+
+def rate_of_program(overrides: list[str]) -> float:
+    """Tokens/s of `hvdformer train`, from the end of its fifth step to that of its last one."""
+    config = load_config(None, overrides)
+    times = run_hvdformer([], overrides, torch.get_num_threads(), 1).times[0][4:]
+    tokens = config.train.global_batch * config.model.context_length
+    return tokens * (len(times) - 1) / (times[-1] - times[0])
 
 
 def training(

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.hosts import Hosts, end, missing, network
-from benchmarks.throughput import BIN, ROOT, cpu_name
+from benchmarks.processes import BIN, ROOT
+from hvdformer.bench import machine
 from hvdformer.compare import Kind, load_configs, parse_kinds
 from hvdformer.config import Config
 from hvdformer.metrics import read_metrics
@@ -97,7 +98,7 @@ def main() -> None:
     report = {
         "command": "python -m benchmarks.network " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine(),
         "versions": {
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.throughput import BIN, ROOT, cpu_name, environment
+from benchmarks.processes import BIN, ROOT, environment
+from hvdformer.bench import machine
 
 WARMUP_STEPS = 10
 BASE = (
@@ -64,7 +63,7 @@ def seconds_per_step(settings: list[str]) -> float:
         ]
         done = subprocess.run(
             [*command, *settings, "--run-dir", f"{name}/run"],
-            env=environment(OMP_NUM_THREADS="1"),
+            env=environment(1),
             capture_output=True,
             text=True,
             check=False,
@@ -100,7 +99,7 @@ def main() -> None:
     report = {
         "command": "python -m benchmarks.overhead " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine(),
         "torch": torch.__version__,
         "settings": {"all": common, **{name: VARIANTS[name] for name in names}},
         "seconds_per_step": seconds,

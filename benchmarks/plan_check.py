@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput import BIN, QUIET, ROOT, WARMUP_STEPS, cpu_name, environment
+from benchmarks.processes import BIN, QUIET, ROOT, environment
+from hvdformer.bench import machine
 from hvdformer.plan import Cluster, Kind, Work, fit_allreduce, kinds, parse_rate, predict
 
 # Published runs
@@ -42,6 +42,7 @@ from hvdformer.plan import Cluster, Kind, Work, fit_allreduce, kinds, parse_rate
 # sequences of 128, batch 64, mixed precision: 168.63 sequences/s. The networks are those of the sources of the
 # efficiencies; PCIe 3.0 x16 within the P100 nodes (assumed), NVLink of a V100 (150 GB/s one way, data sheet).
 # Horovod's runs of 2017 and 2018: NCCL before 2.4 had rings only. Its fusion buffer was 64 MB.
+_WARMUP_STEPS = 5
 PCIE3, NVLINK2 = 15.75e9, 150e9
 UBER = "Horovod README: arXiv 1802.05799"
 PUBLISHED: tuple[dict[str, Any], ...] = (
@@ -232,7 +233,7 @@ def allreduces(size: int, cycle_ms: float) -> list[dict[str, float]]:
     done = subprocess.run(
         [*mpirun(size), sys.executable, "-m", "benchmarks.plan_check", "--inside-ranks"],
         cwd=ROOT,
-        env=environment(HOROVOD_CYCLE_TIME=str(cycle_ms)),
+        env=environment(1, HOROVOD_CYCLE_TIME=str(cycle_ms)),
         capture_output=True,
         text=True,
         check=True,
@@ -259,7 +260,7 @@ def train(size: int, kind: str, steps: int, overrides: list[str]) -> dict[str, f
         command += [f"fusion.{setting}" for setting in settings] + ["--run-dir", f"{folder}/run"]
         done = subprocess.run(
             [*(mpirun(size) if size > 1 else []), *command],
-            env=environment(OMP_NUM_THREADS="1"),
+            env=environment(1),
             capture_output=True,
             text=True,
             check=False,
@@ -269,7 +270,7 @@ def train(size: int, kind: str, steps: int, overrides: list[str]) -> dict[str, f
         lines = [
             json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
         ]
-    steps_logged = [line for line in lines if "loss" in line][WARMUP_STEPS:]
+    steps_logged = [line for line in lines if "loss" in line][_WARMUP_STEPS:]
     last = next(line for line in reversed(lines) if "state_bytes" in line)
     medians = {
         key: statistics.median(line[key] for line in steps_logged)
@@ -386,7 +387,7 @@ def check(arguments: argparse.Namespace) -> None:
     report = {
         "command": "python -m benchmarks.plan_check " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_name(), "cores": cores, "system": platform.platform()},
+        "machine": machine(),
         "load_average": os.getloadavg()[0],
         "parameters": parameters,
         "settings": overrides,

@@ -33,7 +33,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.throughput import BIN, ROOT, cpu_name, environment
+from benchmarks.processes import BIN, ROOT, environment
+from hvdformer.bench import machine
 
 PACKAGE = "linux-doc-6.12"
 VOCABULARY = "bpe:8192"
@@ -106,7 +107,7 @@ def prepare_command(np: int, text: Path, out: Path, tokenizer: str, peaks: Path 
 
 def run(command: list[str]) -> tuple[float, str]:
     """Seconds from start to end, and what was printed."""
-    variables = environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    variables = environment(1, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     began = time.perf_counter()
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     seconds = time.perf_counter() - began
@@ -153,7 +154,7 @@ def main() -> None:
         result = {
             "command": f"python -m benchmarks.prepare --repeats {arguments.repeats}",
             "date": time.strftime("%Y-%m-%d"),
-            "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+            "machine": machine(),
             "load_before": os.getloadavg()[0],
             "versions": {name: version(name) for name in ("tokenizers", "datasets", "mpi4py", "numpy")}
             | {"python": platform.python_version()},

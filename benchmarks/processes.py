@@ -38,7 +38,7 @@ class Outcome:
     began: float  # when it was started
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(threads: int, **extra: str) -> dict[str, str]:
     """For all variants alike. Inside a container one is root, and mpirun wants to hear that this is meant."""
     return os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -46,6 +46,7 @@ def environment(threads: int) -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": str(threads),
+        **extra,
     }
 
 
