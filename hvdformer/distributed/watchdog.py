@@ -23,6 +23,7 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -31,12 +32,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
 from hvdformer.distributed import comm
 from hvdformer.distributed.comm import World
 
 _MAX_LINE = 65536
 _GONE_SECONDS = 3.0  # from the end of a connection to the end of the job, if its launcher does not end it
 _START_SECONDS = 120.0  # at least so long for what comes before the first beat: imports, memory, compilation
+_LAUNCHER_SECONDS = 3  # for a launcher to end by itself when a rank has ended the job
 _STACK_SECONDS = 2.0  # for a stuck rank to send its stack
 
 _beats = 0
@@ -311,6 +315,8 @@ class Watchdog:
     def _tell_and_end(self, what: str) -> None:
         self._say("the job stands still and is ended", [what])
         self._tell(what)
+        if len({peer["host"] for peer in self._peers}) > 1:
+            _end_mpirun()
         _leave(1)
 
     def _say(self, outcome: str, lines: list[str]) -> None:
@@ -318,6 +324,20 @@ class Watchdog:
         sys.stderr.write(
             f"hvdformer: {outcome} (train.stall_timeout_seconds={self._timeout:g}).\n  {what}\n"
             + ("" if self._world.is_elastic else "  The same command goes on from the last checkpoint.\n")
+        )
+
+
+def _end_mpirun() -> None:
+    """See to it that mpirun ends soon: it waits for ever for its daemon on a host that is gone."""
+    parent = psutil.Process(os.getppid())
+    if parent.name() in ("mpirun", "mpiexec", "orterun", "prterun"):
+        # A session of its own, since mpirun ends those of its ranks.
+        subprocess.Popen(
+            ["sh", "-c", f"sleep {_LAUNCHER_SECONDS}; kill -KILL {parent.pid}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
 
