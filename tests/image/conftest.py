@@ -41,7 +41,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[engines.Engine]:
     if missing:
         # Not skipped: these tests are only ever asked for by name.
         pytest.fail(f"not here: {', '.join(missing)}", pytrace=False)
-    keep = request.config.getoption("--keep")
+    keep = request.config.getoption("--keep", None)
     folder = Path(keep).resolve() if keep else Path(tempfile.mkdtemp(prefix="hvdformer-image-"))
     try:
         with engines.engine(folder) as running:

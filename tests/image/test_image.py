@@ -358,7 +358,7 @@ def test_sshd_lets_in_only_who_has_the_key(engine, ssh_image):
 
 
 def test_the_image_for_gpus_has_nccl(engine, request, figures):
-    torch = request.config.getoption("--gpu")
+    torch = request.config.getoption("--gpu", None)
     if not torch:
         pytest.skip("25 GB of disk and 15 minutes: only with --gpu TORCH, such as --gpu torch==2.14.1")
     log = engine.build("hvdformer-gpu", GPU="nccl", TORCH=torch)
