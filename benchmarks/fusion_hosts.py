@@ -14,19 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.hosts import missing, network
 from benchmarks.network import SETTINGS, Run, settings_of
 from benchmarks.processes import ROOT
+from benchmarks.throughput import versions
 from hvdformer.bench import machine
 from hvdformer.compare import load_configs, parse_kinds
 from hvdformer.models.decoder import parameter_count
@@ -77,11 +74,7 @@ def main() -> None:
         "command": "python -m benchmarks.fusion_hosts",
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "versions": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "horovod": version("horovod"),
-        },
+        "versions": versions(),
         "network": "2 hosts (network namespaces of this machine), tc tbf RATE each way; horovodrun --gloo, 1 rank a host",
         "parameters": parameter_count(config.model, config.model.vocab_size or 257),
         "settings": [*SETTINGS, *arguments.overrides, "train.evaluate_every=0"],

@@ -18,19 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.hosts import Hosts, end, missing, network
 from benchmarks.processes import BIN, ROOT
+from benchmarks.throughput import versions
 from hvdformer.bench import machine
 from hvdformer.compare import Kind, load_configs, parse_kinds
 from hvdformer.config import Config
@@ -99,11 +96,7 @@ def main() -> None:
         "command": "python -m benchmarks.network " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "versions": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "horovod": version("horovod"),
-        },
+        "versions": versions(),
         "network": f"2 hosts (network namespaces of this machine), tc tbf {arguments.rate} each way",
         "launcher": "horovodrun --gloo, 1 rank a host",
         "parameters": parameter_count(config.model, config.model.vocab_size or 257),
