@@ -42,7 +42,7 @@ class WithLoss(torch.nn.Module):
         """The mean loss of a micro-batch."""
         if self.own_loss:
             return mean_loss(self.model, batch, self.config.train.precision)
-        with autocast(torch.device("cpu"), self.config.train.precision):
+        with autocast(batch.tokens.device, self.config.train.precision):
             loss, count = causal_lm.loss_sum(self.model, batch)
         return loss / count
 

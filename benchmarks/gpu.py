@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.ddp import WithLoss
 from benchmarks.fusion import Trainee
 from benchmarks.processes import ROOT, run_hvdformer
 from hvdformer import runtime
@@ -47,7 +48,6 @@ from hvdformer.distributed import comm
 from hvdformer.models.decoder import parameter_count
 from hvdformer.optim import build_optimizer
 from hvdformer.plan import flops_per_token
-from hvdformer.precision import autocast
 from hvdformer.tasks import causal_lm
 
 # 124 M parameters in the modern shape, 65,536 tokens a step.
@@ -80,7 +80,9 @@ class Plain:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model: torch.nn.Module = causal_lm.build_model(config).to(device)
+        self.model: torch.nn.Module = WithLoss(
+            causal_lm.build_model(config).to(device), config, own_loss=False
+        )
         self.parameters = list(self.model.parameters())
         matrices, vectors = (
             [p for p in self.parameters if (p.ndim >= 2) == decays] for decays in (True, False)
@@ -95,9 +97,7 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=False)
 
     def backward(self, batch: Batch, num: int) -> None:
-        with autocast(self.device, self.config.train.precision):
-            loss, count = causal_lm.loss_sum(self.model, batch)
-        (loss / (count * num)).backward()
+        (self.model(batch) / num).backward()
 
 
 class Replica(Plain):

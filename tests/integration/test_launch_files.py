@@ -59,7 +59,7 @@ def test_every_file_is_run_by_a_test():
     tested = {"local.sh", "mpirun.sh"}  # tests/integration/test_docs_and_files.py
     tested |= {"elastic.sh", "discover_hosts.sh", "pbs.sh", "lsf.sh", "mpijob.yaml"}  # here
     tested |= {"slurm.sbatch"}  # tests/cluster/test_slurm.py
-    of_the_image = {"entrypoint.sh", "ssh_config", "sshd_config"}  # tests/image
+    of_the_image = {"docker.sh", "entrypoint.sh", "ssh_config", "sshd_config"}  # tests/image
     assert {path.name for path in LAUNCH.iterdir()} == tested | of_the_image
 
 
