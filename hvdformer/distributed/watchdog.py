@@ -30,6 +30,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -330,7 +331,8 @@ class Watchdog:
 def _end_mpirun() -> None:
     """See to it that mpirun ends soon: it waits for ever for its daemon on a host that is gone."""
     parent = psutil.Process(os.getppid())
-    if parent.name() in ("mpirun", "mpiexec", "orterun", "prterun"):
+    # As it was called: the process of PyPI's Open MPI has another name.
+    if Path(next(iter(parent.cmdline()), "")).name in ("mpirun", "mpiexec", "orterun", "prterun"):
         # A session of its own, since mpirun ends those of its ranks.
         subprocess.Popen(
             ["sh", "-c", f"sleep {_LAUNCHER_SECONDS}; kill -KILL {parent.pid}"],
