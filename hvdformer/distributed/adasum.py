@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hvdformer.config import FusionConfig
+from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket
 from hvdformer.distributed.comm import World
 from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share, refuse
@@ -59,5 +60,5 @@ class AdasumFusion(Fusion):
             handles.append(hvd.allreduce_async_(bucket.gradient, name=f"bucket {number}", op=hvd.Adasum))
             self._count_allreduce(bucket.gradient.nbytes)
         for handle in handles:
-            hvd.synchronize(handle)
+            comm.result(handle)
         return True

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from hvdformer.config import FusionConfig
+from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket, Watch
 from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share
 
@@ -56,6 +57,8 @@ class AllreduceFusion(Fusion):
 
     def reduce(self, scale: float) -> bool:
         """Wait until every gradient is the sum over all ranks."""
+        for handle, _ in self.optimizer._handles.values():
+            comm.sleep_until_done(handle)
         self.optimizer.synchronize()
         if self._watch:
             self._watch.reset()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from hvdformer.config import FusionConfig
+from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket, Watch
 from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share
 
@@ -47,7 +48,7 @@ class Bf16Fusion(Fusion):
         for number in range(len(self.buckets)):
             if number not in self._handles:
                 self._start(number)
-            received, _ = hvd.synchronize(self._handles.pop(number))
+            received, _ = comm.result(self._handles.pop(number))
             slices = received.view(torch.bfloat16).view(self.share.size, -1)  # (n, K)
             total = slices[0].float()
             for other in slices[1:]:
@@ -55,7 +56,7 @@ class Bf16Fusion(Fusion):
             wire = total.to(torch.bfloat16).view(torch.uint8)
             gathers.append(hvd.allgather_async(wire, name=f"bucket {number} sums"))
         for bucket, handle in zip(self.buckets, gathers, strict=True):
-            bucket.gradient.copy_(hvd.synchronize(handle).view(torch.bfloat16))
+            bucket.gradient.copy_(comm.result(handle).view(torch.bfloat16))
             self._count_scatter(2 * 2 * bucket.flat.numel())
         self._watch.reset()
         return True

@@ -251,10 +251,34 @@ def sum_over_ranks_async(values: Iterable[int], name: str) -> int:
 
 def wait(handle: int) -> torch.Tensor:
     """The result of a collective that was begun with an `_async` function."""
+    with _waiting("the sums of the step"):
+        return result(handle)
+
+
+# Seconds. A pause is at most about half of the wait before it, until it is long enough to cost nothing.
+_FIRST_PAUSE, _LONGEST_PAUSE = 50e-6, 1e-3
+
+
+def result(handle: int) -> Any:
+    """What a collective gives that was begun with one of Horovod's `_async` functions; until then this rank sleeps."""
     import horovod.torch as hvd
 
-    with _waiting("the sums of the step"):
-        return hvd.synchronize(handle)
+    sleep_until_done(handle)
+    return hvd.synchronize(handle)
+
+
+def sleep_until_done(handle: int) -> None:
+    """Return when the collective is done, well or not, and leave the core to others meanwhile.
+
+    Horovod's synchronize asks without a pause, taking and giving back Python's lock each time (mpi_ops_v2.cc,
+    WaitAndClear). Where the cores are few it thereby takes turns with the very threads that move the tensor.
+    """
+    import horovod.torch as hvd
+
+    pause = _FIRST_PAUSE
+    while not hvd.poll(handle):
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
 
 
 _waits: list[str] = []
@@ -282,7 +306,7 @@ def broadcast_tensors(named: Iterable[tuple[str, torch.Tensor]], name: str, root
     handles = [hvd.broadcast_async_(tensor, root, name=f"{name}.{key}") for key, tensor in named]
     with _waiting(name):
         for handle in handles:
-            hvd.synchronize(handle)
+            result(handle)
 
 
 def broadcast_json(value: Any, name: str, root: int = 0) -> Any:
@@ -295,11 +319,12 @@ def broadcast_json(value: Any, name: str, root: int = 0) -> Any:
         else np.empty(0, np.uint8)
     )
     with _waiting(name):
-        length = int(hvd.broadcast(torch.tensor([len(data)], dtype=torch.int64), root, name=f"{name}.length"))
+        own_length = torch.tensor([len(data)], dtype=torch.int64)
+        length = int(result(hvd.broadcast_async(own_length, root, name=f"{name}.length")))
         buffer = (
             torch.from_numpy(data.copy()) if hvd.rank() == root else torch.empty(length, dtype=torch.uint8)
         )
-        return json.loads(hvd.broadcast(buffer, root, name=f"{name}.bytes").numpy().tobytes())
+        return json.loads(result(hvd.broadcast_async(buffer, root, name=f"{name}.bytes")).numpy().tobytes())
 
 
 def gather_json(value: Any, name: str) -> list[Any]:
@@ -308,8 +333,9 @@ def gather_json(value: Any, name: str) -> list[Any]:
 
     data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
     with _waiting(name):
-        lengths = hvd.allgather(torch.tensor([len(data)], dtype=torch.int64), name=f"{name}.lengths").tolist()
-        gathered = hvd.allgather(data, name=f"{name}.bytes").numpy().tobytes()
+        own_length = torch.tensor([len(data)], dtype=torch.int64)
+        lengths = result(hvd.allgather_async(own_length, name=f"{name}.lengths")).tolist()
+        gathered = result(hvd.allgather_async(data, name=f"{name}.bytes")).numpy().tobytes()
     ends = np.cumsum(lengths).tolist()
     return [json.loads(gathered[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from hvdformer.config import FusionConfig
+from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket, Watch
 from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share
 
@@ -118,15 +119,12 @@ class ExactFusion(Fusion):
         ]
         if self.share.size == 1:
             return own
-        return hvd.allreduce(
-            torch.tensor(own, dtype=torch.int32), name="exact exponents", op=hvd.Max
-        ).tolist()
+        exponents = torch.tensor(own, dtype=torch.int32)
+        return comm.result(hvd.allreduce_async(exponents, name="exact exponents", op=hvd.Max)).tolist()
 
     def _wait(self) -> None:
-        import horovod.torch as hvd
-
         for number in list(self._handles):
-            hvd.synchronize(self._handles.pop(number))
+            comm.result(self._handles.pop(number))
 
     def _norm(self) -> float:
         return super()._norm() if self._is_finite else math.nan

@@ -74,14 +74,7 @@ class Fusion:
 
         Returns the norm before the limit, the same on every rank: not finite if any gradient is not.
         """
-        # Summed in float64 and rounded to fp32, so that how a kind groups the sum does not show.
-        norm = scale * float(np.float32(self._norm()))
-        factor = scale
-        if max_norm > 0 and norm > max_norm:
-            factor *= max_norm / norm
-        if factor != 1 and math.isfinite(factor):
-            torch._foreach_mul_(self._gradients(), factor)
-        return norm
+        return self._limit(self._norm(), max_norm, scale)
 
     def update(self, learning_rate: float) -> None:
         """Apply the gradients, then clear them."""
@@ -144,6 +137,17 @@ class Fusion:
     def _gradients(self) -> list[torch.Tensor]:
         """The gradients that the optimizer applies."""
         return [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _limit(self, norm: float, max_norm: float, scale: float) -> float:
+        """`clip`, given the 2-norm of the gradients as they are."""
+        # Summed in float64 and rounded to fp32, so that how a kind groups the sum does not show.
+        norm = scale * float(np.float32(norm))
+        factor = scale
+        if max_norm > 0 and norm > max_norm:
+            factor *= max_norm / norm
+        if factor != 1 and math.isfinite(factor):
+            torch._foreach_mul_(self._gradients(), factor)
+        return norm
 
     def _norm(self) -> float:
         """The 2-norm of all gradients together, in float64."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from hvdformer.config import FusionConfig
+from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket
 from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share
 
@@ -30,21 +31,23 @@ class LocalSGDFusion(Fusion):
         assert settings.every is not None  # resolved
         self.every = settings.every
         self._weight = share.micro_batches / share.num_micro_batches
-        self._scale = 1.0
+        self._scale, self._own_norm, self._largest_norm = 1.0, 0.0, -1  # of this step, set by reduce()
 
     def reduce(self, scale: float) -> bool:
-        """Nothing is reduced: the gradient stays this rank's own."""
-        self._scale = scale
+        """Nothing is reduced: the gradient stays this rank's own. Begins to exchange the norms, along with the step's sums."""
+        import horovod.torch as hvd
+
+        self._scale, self._own_norm = scale, self._norm()
+        norm = scale * self._own_norm if math.isfinite(self._own_norm) else math.inf
+        self._largest_norm = hvd.allreduce_async(
+            torch.tensor([norm], dtype=torch.float64), name="norm", op=hvd.Max
+        )
         return True
 
     def clip(self, max_norm: float, scale: float) -> float:
         """Clip by this rank's norm; returns the largest norm of any rank."""
-        import horovod.torch as hvd
-
-        norm = super().clip(max_norm, scale * self._scale)
-        if not math.isfinite(norm):
-            norm = math.inf
-        return float(hvd.allreduce(torch.tensor([norm], dtype=torch.float64), name="norm", op=hvd.Max))
+        self._limit(self._own_norm, max_norm, scale * self._scale)
+        return scale * float(comm.result(self._largest_norm))
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -67,4 +70,4 @@ class LocalSGDFusion(Fusion):
             handles.append(hvd.allreduce_async_(tensor, name=f"fuse {name} {number}", op=hvd.Sum))
             self._count_allreduce(tensor.nbytes)
         for handle in handles:
-            hvd.synchronize(handle)
+            comm.result(handle)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from hvdformer.config import FusionConfig
+from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket, Watch
 from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share
 
@@ -51,15 +52,13 @@ class Zero1Fusion(Fusion):
 
     def reduce(self, scale: float) -> bool:
         """Bring the sums over all ranks of this rank's slices into their gradients."""
-        import horovod.torch as hvd
-
         for number, (bucket, parameter) in enumerate(zip(self.buckets, self._slices, strict=True)):
             if self._watch is None:
                 parameter.grad = bucket.gradient
                 continue
             if number not in self._handles:
                 self._start(number)
-            parameter.grad = hvd.synchronize(self._handles.pop(number))
+            parameter.grad = comm.result(self._handles.pop(number))
         if self._watch is not None:
             self._watch.reset()
         return True
@@ -69,7 +68,9 @@ class Zero1Fusion(Fusion):
 
         own = super()._norm()
         squares = torch.tensor([own * own], dtype=torch.float64)
-        return float(hvd.allreduce(squares, name="squares of the gradient", op=hvd.Sum).sqrt())
+        return float(
+            comm.result(hvd.allreduce_async(squares, name="squares of the gradient", op=hvd.Sum)).sqrt()
+        )
 
     def _step(self, learning_rate: float) -> None:
         """Update this rank's slices, then get those of the others."""
@@ -83,7 +84,7 @@ class Zero1Fusion(Fusion):
             for number, parameter in enumerate(self._slices)
         ]
         for bucket, handle in zip(self.buckets, handles, strict=True):
-            bucket.flat.detach().copy_(hvd.synchronize(handle))
+            bucket.flat.detach().copy_(comm.result(handle))
             self._count_scatter(bucket.flat.nbytes)
 
     def clear(self) -> None:
@@ -114,7 +115,9 @@ class Zero1Fusion(Fusion):
         for number, parameter in enumerate(self._slices):
             state = self.optimizer.state.get(parameter, {})
             for key, value in sorted(state.items()):
-                whole = hvd.allgather(value, name=f"gather {key} {number}") if value.ndim else value
+                whole = value
+                if value.ndim:
+                    whole = comm.result(hvd.allgather_async(value, name=f"gather {key} {number}"))
                 if self.share.rank == 0:
                     self._whole.setdefault(number, {})[key] = whole
 

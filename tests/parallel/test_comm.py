@@ -1,5 +1,7 @@
 """The collectives that are not a fusion."""
 
+import time
+
 import pytest
 
 from hvdformer.distributed import comm
@@ -27,6 +29,15 @@ def test_json_of_different_lengths_is_gathered_in_rank_order(world):
 def test_sums_are_exact(world):
     big = 2**58 + 1  # would be rounded in any float
     assert comm.sum_over_ranks([big, 1], "big") == [big * world.size, world.size]
+
+
+def test_a_rank_that_waits_leaves_its_core_to_others(world):
+    if world.rank == 1:
+        time.sleep(1)
+    handle = comm.sum_over_ranks_async([1], "late")
+    before = time.thread_time()
+    assert comm.wait(handle).tolist() == [world.size]
+    assert time.thread_time() - before < 0.2
 
 
 def test_an_error_of_rank_0_reaches_all_ranks(world):
