@@ -23,6 +23,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
+# ARGS are for the command here, not for what its tests start: launch/ has a variable of that name.
+unexport ARGS
+
 .PHONY: train test test-cluster test-image check bench image setup FORCE
 .DELETE_ON_ERROR:
 

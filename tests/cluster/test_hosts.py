@@ -194,7 +194,7 @@ def test_a_batch_file_on_two_hosts(batch, three_hosts, tmp_path):
         assert job.wait(60) == (99 if batch is Lsf else -signal.SIGKILL), job.output()
     assert "4 ranks (2 on this host)" in job.output() and "time is nearly up: saving" in job.output()
     called = system.calls.read_text()
-    assert "qrerun 123.server" in called if batch is Pbs else f"blaunch -x {hosts[1]}" in called, called
+    assert "qrerun 123.server" in called if batch is Pbs else f"blaunch {hosts[1]}" in called, called
     with Job(three_hosts, tmp_path, *command, **environment) as job:
         assert job.wait() == 0, job.output()
     assert "going on from step" in job.output()
@@ -254,7 +254,7 @@ def test_one_rank_of_each_node_builds_the_default_data(is_shared, three_hosts, t
     command = launcher("mpirun", hosts)
     command[command.index("--host") + 1] = ",".join(f"{host}:2" for host in hosts)
     command[command.index("-np") + 1] = "4"
-    command += ["python", str(tmp_path / "recorder.py"), "train", TINY, "train.steps=2"]
+    command += ["python", str(tmp_path / "recorder.py"), "train", TINY, "train.steps=6"]
     command += [*BRIEF, f"data.cache_dir={cache}", "--run-dir", "run", str(log)]
     if not is_shared:
         three_hosts.change(hosts[1], "mount", "-t", "tmpfs", "tmpfs", str(cache))

@@ -171,7 +171,7 @@ class Lsf(Batch):
         super().__init__(
             folder,
             lambda nodes: {"LSB_JOBID": "123", "LSB_DJOB_HOSTFILE": str(nodes)},
-            blaunch='ssh "$@"',
+            blaunch='ssh "$1" "export PATH=$PATH;" "${@:2}"',  # a task has the environment of the job
         )
         lines = re.findall(r"^#BSUB (-\S+) ?(.*)$", (LAUNCH / "lsf.sh").read_text(), re.MULTILINE)
         self.options = {name: value.strip('"') for name, value in lines}
