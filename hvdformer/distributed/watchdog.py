@@ -16,6 +16,7 @@ token that only the ranks of this job know; nothing else is read from a connecti
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -317,7 +318,8 @@ class Watchdog:
         self._say("the job stands still and is ended", [what])
         self._tell(what)
         if len({peer["host"] for peer in self._peers}) > 1:
-            _end_mpirun()
+            with contextlib.suppress(psutil.Error, OSError):  # whatever happens there, this rank leaves
+                _end_mpirun()
         _leave(1)
 
     def _say(self, outcome: str, lines: list[str]) -> None:
@@ -328,11 +330,17 @@ class Watchdog:
         )
 
 
+def parent_mpirun() -> psutil.Process | None:
+    """The mpirun that started this rank, where it is on this host."""
+    parent = psutil.Process(os.getppid())
+    # By how it was called: the process of PyPI's Open MPI has another name.
+    names = [Path(word).name for word in parent.cmdline()[:1]]
+    return parent if set(names) & {"mpirun", "mpiexec", "orterun", "prterun"} else None
+
+
 def _end_mpirun() -> None:
     """See to it that mpirun ends soon: it waits for ever for its daemon on a host that is gone."""
-    parent = psutil.Process(os.getppid())
-    # As it was called: the process of PyPI's Open MPI has another name.
-    if Path(next(iter(parent.cmdline()), "")).name in ("mpirun", "mpiexec", "orterun", "prterun"):
+    if parent := parent_mpirun():
         # A session of its own, since mpirun ends those of its ranks.
         subprocess.Popen(
             ["sh", "-c", f"sleep {_LAUNCHER_SECONDS}; kill -KILL {parent.pid}"],

@@ -1,11 +1,13 @@
 """The collectives that are not a fusion."""
 
+import os
 import time
 
 import pytest
 
 from hvdformer.distributed import comm
 from hvdformer.distributed.selftest import run_selftest
+from hvdformer.distributed.watchdog import parent_mpirun
 from hvdformer.errors import RunError, UserError
 
 
@@ -38,6 +40,11 @@ def test_a_rank_that_waits_leaves_its_core_to_others(world):
     before = time.thread_time()
     assert comm.wait(handle).tolist() == [world.size]
     assert time.thread_time() - before < 0.2
+
+
+def test_the_watchdog_finds_the_mpirun_of_this_rank(world):
+    """Which it has to end when another host is gone (tests/cluster)."""
+    assert (parent_mpirun() is not None) == ("OMPI_COMM_WORLD_SIZE" in os.environ)
 
 
 def test_an_error_of_rank_0_reaches_all_ranks(world):
