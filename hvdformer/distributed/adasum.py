@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from hvdformer.config import FusionConfig
 from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket
-from hvdformer.distributed.comm import World
 from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share, refuse
 from hvdformer.errors import UserError
 
@@ -32,7 +31,7 @@ class AdasumFusion(Fusion):
         super().__init__(settings, buckets, make_optimizer, share)
 
     @staticmethod
-    def cannot(world: World) -> UserError | None:
+    def cannot(world: comm.World) -> UserError | None:
         """Why Adasum cannot work in this job, if so."""
         if world.size & (world.size - 1):
             return refuse(

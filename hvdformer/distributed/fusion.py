@@ -74,7 +74,7 @@ class Fusion:
 
         Returns the norm before the limit, the same on every rank: not finite if any gradient is not.
         """
-        return self._limit(self._norm(), max_norm, scale)
+        return self._limit(self._rounded_norm(), max_norm, scale)
 
     def update(self, learning_rate: float) -> None:
         """Apply the gradients, then clear them."""
@@ -140,14 +140,16 @@ class Fusion:
 
     def _limit(self, norm: float, max_norm: float, scale: float) -> float:
         """`clip`, given the 2-norm of the gradients as they are."""
-        # Summed in float64 and rounded to fp32, so that how a kind groups the sum does not show.
-        norm = scale * float(np.float32(norm))
-        factor = scale
+        norm, factor = scale * norm, scale
         if max_norm > 0 and norm > max_norm:
             factor *= max_norm / norm
         if factor != 1 and math.isfinite(factor):
             torch._foreach_mul_(self._gradients(), factor)
         return norm
+
+    def _rounded_norm(self) -> float:
+        """The norm in fp32, after a sum in float64, so that how a kind groups the sum does not show."""
+        return float(np.float32(self._norm()))
 
     def _norm(self) -> float:
         """The 2-norm of all gradients together, in float64."""

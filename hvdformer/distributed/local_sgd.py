@@ -37,7 +37,7 @@ class LocalSGDFusion(Fusion):
         """Nothing is reduced: the gradient stays this rank's own. Begins to exchange the norms, along with the step's sums."""
         import horovod.torch as hvd
 
-        self._scale, self._own_norm = scale, self._norm()
+        self._scale, self._own_norm = scale, self._rounded_norm()
         norm = scale * self._own_norm if math.isfinite(self._own_norm) else math.inf
         self._largest_norm = hvd.allreduce_async(
             torch.tensor([norm], dtype=torch.float64), name="norm", op=hvd.Max

@@ -367,6 +367,17 @@ def test_a_nan_on_one_rank_is_seen_by_all_in_the_same_step(world, settings):
     assert comm.gather_json(together.bits(), "bits") == [together.bits()] * world.size
 
 
+@pytest.mark.parametrize("kind", ["local_sgd", "diloco"])
+def test_a_norm_beyond_fp32_on_one_rank_is_infinite_on_all(world, kind):
+    together = Together(world, kind=kind, every=1)
+    together.backward(0)
+    if world.rank == world.size - 1:
+        for bucket in together.fusion.buckets:
+            bucket.gradient.fill_(1e38)  # each is a number of fp32, their norm is none
+    together.fusion.reduce(1.0)
+    assert together.fusion.clip(0.3, 1.0) == math.inf
+
+
 @pytest.mark.parametrize("settings", KINDS, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_a_first_step_that_is_skipped_leaves_nothing_behind(world, settings):
     """As with fp16, whose loss scale starts too high: there are no moments yet when the first round ends."""
