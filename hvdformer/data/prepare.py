@@ -283,8 +283,7 @@ def _conclude(
     out: Path, index: Index, listed: dict[str, int], say: Callable[[str], None], seconds: float
 ) -> None:
     facts = [_read_facts(out, number) for number in range(listed["units"])]
-    shutil.rmtree(out / PARTS)
-    (out / LOCK).unlink()
+    _remove_parts(out)
     for split, entry in index.splits.items():
         tokens = sum(shard.tokens for shard in entry.shards)
         documents = sum(shard.documents for shard in entry.shards)
@@ -296,6 +295,12 @@ def _conclude(
     say(f"done in {seconds:.1f} s, {listed['bytes'] / 1e6 / seconds:,.1f} MB/s: {out}")
 
 
+def _remove_parts(out: Path) -> None:
+    """What a complete data set does not need; the caller holds the lock."""
+    shutil.rmtree(out / PARTS)
+    (out / LOCK).unlink()
+
+
 @contextmanager
 def _locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Make the output folder, and keep other preparations out of it; the lock goes with its process, however that ends.
@@ -303,8 +308,9 @@ def _locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         UserError: it cannot be written, is a data set already, or another preparation is at work there.
     """
-    if (out / INDEX_FILE).exists():
-        raise UserError(f"{out} is a data set already. Choose another --out, or remove it first.")
+    complete = UserError(f"{out} is a data set already. Choose another --out, or remove it first.")
+    if (out / INDEX_FILE).exists() and not ((out / PARTS).exists() or (out / LOCK).exists()):
+        raise complete
     with ExitStack() as at_end:
         try:
             (out / PARTS).mkdir(parents=True, exist_ok=True)
@@ -322,8 +328,11 @@ def _locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             say(f"{out}: its file system has no locks. See to it that no other preparation writes there.")
-        if (out / INDEX_FILE).exists():  # the other one has just finished
-            raise UserError(f"{out} is a data set already. Choose another --out, or remove it first.")
+        if (
+            out / INDEX_FILE
+        ).exists():  # another one has just finished, or was killed before it had tidied up
+            _remove_parts(out)
+            raise complete
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -165,8 +165,8 @@ def test_killed_at_any_moment_nothing_is_accepted_and_the_next_attempt_goes_on(i
             break
         code, output = jobs.run("plain", 1, "train", "data.path=out", cwd=tmp_path)
         assert code == 2 and "no complete data set" in output
-    else:
-        jobs.succeed("mpirun", 2, *command, cwd=tmp_path)
+    code, output = jobs.run("mpirun", 2, *command, cwd=tmp_path)
+    assert code == 0 or "is a data set already" in output, output
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
@@ -185,6 +185,18 @@ def test_what_is_complete_is_not_done_again(inputs, tmp_path):
     (folder / "z.jsonl").write_text('{"text": "mended"}\n')
     jobs.succeed("plain", 1, "prepare", "in", "--out", "out", "--validation-fraction", "0", cwd=tmp_path)
     assert documents_of(tmp_path / "out") == [*inputs[1], "mended"]
+
+
+def test_what_a_kill_after_the_index_left_behind_goes_with_the_next_attempt(inputs, tmp_path):
+    command = ("prepare", str(inputs[0]), "--out", "out")
+    jobs.succeed("plain", 1, *command, cwd=tmp_path)
+    whole = hashes(tmp_path / "out")
+    for left in (".parts/00000000.tokens", ".lock"):
+        (tmp_path / "out" / left).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / left).touch()
+        code, output = jobs.run("plain", 1, *command, cwd=tmp_path)
+        assert code == 2 and "is a data set already" in output
+        assert hashes(tmp_path / "out") == whole
 
 
 BAD = [
