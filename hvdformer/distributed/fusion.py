@@ -149,7 +149,8 @@ class Fusion:
 
     def _rounded_norm(self) -> float:
         """The norm in fp32, after a sum in float64, so that how a kind groups the sum does not show."""
-        return float(np.float32(self._norm()))
+        with np.errstate(over="ignore"):
+            return float(np.float32(self._norm()))
 
     def _norm(self) -> float:
         """The 2-norm of all gradients together, in float64."""
