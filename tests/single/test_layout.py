@@ -12,7 +12,7 @@ from tests import jobs
 PACKAGE = jobs.ROOT / "hvdformer"
 LEVELS = [
     {"errors"},
-    {"config"},
+    {"config", "horovod_source"},
     {
         "data",
         "models",

@@ -1,0 +1,107 @@
+"""What is changed in Horovod's source before it is built."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from hvdformer.errors import RunError
+from hvdformer.horovod_source import unpack
+
+GLOO = "third_party/gloo/gloo"
+RUNNER = """import sys
+
+
+def _run(args):
+    if args:
+        raise args[0]
+
+
+def run_commandline():
+    args = parse_args()
+
+    _run(args)
+
+
+if __name__ == '__main__':
+    run_commandline()
+"""
+PUBLISHED = {
+    "horovod/runner/launch.py": RUNNER,
+    f"{GLOO}/allgatherv.cc": """if (i == 0) {
+      out->send(next, slot, a[i], b[i]);
+      out->recv(last, slot, c[i], d[i]);
+      continue;
+    }
+    out->send(next, slot, a[i], b[i]);
+    out->recv(last, slot, c[i], d[i]);
+""",
+    f"{GLOO}/alltoallv.cc": """int sendRank = (myRank + i) % worldSize;
+    int recvRank = (myRank + worldSize - i) % worldSize;
+    in->send(
+        sendRank, slot, a[sendRank]);
+    out->recv(
+        recvRank, slot, b[recvRank]);
+""",
+}
+RECEIVES_FIRST = {
+    f"{GLOO}/allgatherv.cc": """if (i == 0) {
+      out->recv(last, slot, c[i], d[i]);
+      out->send(next, slot, a[i], b[i]);
+      continue;
+    }
+    out->recv(last, slot, c[i], d[i]);
+    out->send(next, slot, a[i], b[i]);
+""",
+    f"{GLOO}/alltoallv.cc": """int sendRank = (myRank + i) % worldSize;
+    int recvRank = sendRank;
+    out->recv(
+        recvRank, slot, b[recvRank]);
+    in->send(
+        sendRank, slot, a[sendRank]);
+""",
+}
+
+
+def archive(folder, files):
+    """An archive of a source with these files in it."""
+    source = folder / "horovod-0.28.1"
+    for name, text in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    shutil.make_archive(str(source), "gztar", folder, source.name)
+    shutil.rmtree(source)
+    return folder / "horovod-0.28.1.tar.gz"
+
+
+def test_gloo_is_made_to_receive_before_it_sends(tmp_path):
+    source = unpack(archive(tmp_path, PUBLISHED))
+    assert source == tmp_path / "horovod-0.28.1"
+    assert {name: (source / name).read_text() for name in RECEIVES_FIRST} == RECEIVES_FIRST
+
+
+@pytest.mark.parametrize(
+    "error,code,says",
+    [
+        ("RuntimeError('mpirun failed with exit code 2')", 2, "horovodrun: mpirun failed with exit code 2\n"),
+        ("RuntimeError('The first was:\\nProcess name: 0\\nExit code: 130\\n')", 130, "Exit code: 130\n"),
+        ("RuntimeError('Exit code: -9')", 137, "horovodrun: Exit code: -9\n"),
+        ("RuntimeError('no such host')", 1, "horovodrun: no such host\n"),
+        ("ValueError('a bug')", 1, "Traceback"),
+        ("", 0, ""),
+    ],
+)
+def test_horovodrun_is_made_to_end_as_its_ranks_did(error, code, says, tmp_path):
+    source = unpack(archive(tmp_path, PUBLISHED))
+    runner = source / "horovod" / "runner" / "launch.py"
+    runner.write_text(f"{runner.read_text()}".replace("parse_args()", f"[{error}]"))
+    done = subprocess.run([sys.executable, runner], capture_output=True, text=True, check=False)
+    assert done.returncode == code and says in done.stderr
+    assert ("Traceback" in done.stderr) == (says == "Traceback")
+
+
+def test_a_source_that_is_not_the_known_one_is_not_built(tmp_path):
+    changed = archive(tmp_path, PUBLISHED | {"horovod/runner/launch.py": "def run_commandline(): pass\n"})
+    with pytest.raises(RunError, match=r"horovod/runner/launch\.py of Horovod is not as expected"):
+        unpack(changed)
