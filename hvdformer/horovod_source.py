@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,6 +14,17 @@ HOROVOD_VERSION = "0.28.1"
 SOURCE_SHA256 = (
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"  # of PyPI's horovod-0.28.1.tar.gz
 )
+LOCAL_VERSION = (
+    "hvdformer.1"  # 0.28.1+hvdformer.1 says that it is not as it was published; raise it with EDITS
+)
+
+
+def sleeps_when_idle() -> bool:
+    """Whether the Horovod that is installed knows HOROVOD_IDLE_CYCLE_TIME: it was built from what `unpack` makes."""
+    try:
+        return "+hvdformer." in importlib.metadata.version("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,55 @@ EDITS = (
         "third_party/gloo/gloo/alltoallv.cc",
         r"recvRank = \(myRank \+ worldSize - i\) % worldSize;",
         "recvRank = sendRank;",
+    ),
+    # Gloo's thread asks for events again at once while another thread writes to the same socket, and takes the core from it.
+    Edit(
+        "third_party/gloo/gloo/transport/tcp/pair.cc",
+        r"(std::try_to_lock\);\n  if \(!lock\) \{\n)(    return;)",
+        r"\1    usleep(50);\n\2",
+    ),
+    # Horovod's thread wakes up every HOROVOD_CYCLE_TIME to ask the other ranks what is ready, also while nothing can be, and
+    # takes time and cache from the rank that computes. With HOROVOD_IDLE_CYCLE_TIME, in ms, and nothing to reduce on this
+    # rank, it sleeps that long, or until there is something. Without it nothing changes.
+    Edit(
+        "horovod/common/operations.cc",
+        r"( *std::this_thread::sleep_for\(sleep_duration\);\n  \}\n)(  state\.last_cycle_start = )",
+        r"""\1  static const double idle_cycle_ms =
+      GetDoubleEnvOrDefault("HOROVOD_IDLE_CYCLE_TIME", 0.0);
+  if (idle_cycle_ms > 0 && !state.shut_down &&
+      state.process_set_table.Ids().size() == 1) {
+    // From the end of a cycle, where the ranks were together: then none of them waits in the next one for another.
+    state.process_set_table.Get(0).tensor_queue.WaitForTensor(
+        start_time + std::chrono::microseconds(long(idle_cycle_ms * 1000.)));
+  }
+\2""",
+    ),
+    Edit(
+        "horovod/common/tensor_queue.h",
+        r"#include <mutex>\n",
+        "#include <chrono>\n#include <condition_variable>\n#include <mutex>\n",
+    ),
+    Edit(
+        "horovod/common/tensor_queue.h",
+        r"  void RemoveJoinTensor\(\);\n",
+        r"""\g<0>
+  // Sleep until a tensor is in the table, or until a point in time.
+  void WaitForTensor(std::chrono::steady_clock::time_point until) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    added_.wait_until(lock, until, [this] { return !tensor_table_.empty(); });
+  }
+""",
+    ),
+    Edit(
+        "horovod/common/tensor_queue.h",
+        r"  mutable std::mutex mutex_;\n",
+        r"\g<0>  std::condition_variable added_;\n",
+    ),
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        r" *tensor_table_\.emplace\((e|entries\[i\])\.tensor_name, std::move\(\1\)\);\n",
+        r"\g<0>    added_.notify_one();\n",
+        count=2,
     ),
     # horovodrun ends with 1, whatever the ranks' exit code is, and with a traceback of its own behind their message.
     Edit(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from hvdformer import horovod_source
 from hvdformer.distributed.launcher import Launch
 
 # (variable, value, why)
@@ -24,16 +25,24 @@ def usable_cores() -> int:
     return cores
 
 
-def choose(launch: Launch | None, *, cores: int, on_gpu: bool, is_elastic: bool = False) -> list[Choice]:
+def choose(
+    launch: Launch | None, *, cores: int, on_gpu: bool, sleeps_when_idle: bool, is_elastic: bool = False
+) -> list[Choice]:
     """The settings worth having for this launcher, device and number of cores, each with its reason. Pure.
 
     cores: cores that the ranks of this node share, as `usable_cores` counts them.
+    sleeps_when_idle: whether this Horovod can: horovod_source.py.
     """
+    idle: list[Choice] = []
+    if sleeps_when_idle and not on_gpu:
+        why = "ms: with nothing to reduce, Horovod's thread sleeps until there is something, and leaves the core to the rank"
+        idle = [("HOROVOD_IDLE_CYCLE_TIME", "100", why)]
     if launch is None:
         # One process. Gloo needs no rendezvous for itself, while an MPI without its launcher may not even start:
         # the Open MPI of PyPI ends the process.
         why = "one process, no launcher: Horovod's own Gloo, so that MPI is not needed"
         return [
+            *idle,
             ("HOROVOD_CONTROLLER", "gloo", why),
             ("HOROVOD_CPU_OPERATIONS", "gloo", why),
             *(
@@ -54,6 +63,7 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool, is_elastic: bool 
             "0",
             "the buckets are ours: they keep their composition, so that the same run gives the same bits, and no copies",
         ),
+        *idle,
     ]
     if on_gpu or is_elastic:
         return choices  # elastic: see CRASHES_WHEN_ELASTIC
@@ -62,13 +72,9 @@ def choose(launch: Launch | None, *, cores: int, on_gpu: bool, is_elastic: bool 
         ranks = f"{launch.local_size or 'all'} ranks on {cores} cores"
         why = f"{ranks}: a rank that waits gives its core to one that computes"
         choices.append(("OMPI_MCA_mpi_yield_when_idle", "1", why))
-    choices.append(
-        (
-            "HOROVOD_CYCLE_TIME",
-            "10",
-            "ms between two negotiations: on a CPU each takes time from the ranks that compute",
-        )
-    )
+    if not idle:
+        why = "ms between two negotiations: on a CPU each takes time from the ranks that compute"
+        choices.append(("HOROVOD_CYCLE_TIME", "10", why))
     return choices
 
 
@@ -87,6 +93,7 @@ def apply(
             launch,
             cores=usable_cores(),
             on_gpu=on_gpu,
+            sleeps_when_idle=horovod_source.sleeps_when_idle(),
             is_elastic=environment.get("HOROVOD_ELASTIC") == "1",
         )
         if choice[0] not in environment

@@ -42,6 +42,28 @@ def test_a_rank_that_waits_leaves_its_core_to_others(world):
     assert time.thread_time() - before < 0.2
 
 
+def test_horovod_sleeps_while_there_is_nothing_to_do_and_wakes_at_once(world):
+    """Its thread, built by `hvdformer build-horovod`; as published it asks the other ranks every millisecond."""
+    assert os.environ["HOROVOD_IDLE_CYCLE_TIME"] == "100"
+    comm.sum_over_ranks([1], "before the pause")
+    before = cpu_seconds()
+    time.sleep(1)
+    assert cpu_seconds() - before < (0.016 if world.size == 1 else 0.03)  # as published 0.02, 0.05 to 1
+    seconds = []
+    for number in range(9):
+        time.sleep(0.03)
+        comm.sum_over_ranks([1], f"together {number}")
+        began = time.perf_counter()
+        comm.sum_over_ranks([1], f"after a pause {number}")
+        seconds.append(time.perf_counter() - began)
+    assert sorted(seconds)[4] < 0.05
+
+
+def cpu_seconds():
+    """CPU time of all threads of this process but the one that asks."""
+    return time.process_time() - time.thread_time()
+
+
 def test_the_watchdog_finds_the_mpirun_of_this_rank(world):
     """Which it has to end when another host is gone (tests/cluster)."""
     assert (parent_mpirun() is not None) == ("OMPI_COMM_WORLD_SIZE" in os.environ)

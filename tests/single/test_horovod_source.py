@@ -45,6 +45,33 @@ PUBLISHED = {
         recvRank, slot, b[recvRank]);
 """,
 }
+OTHER = {
+    "horovod/common/operations.cc": """  auto start_time = std::chrono::steady_clock::now();
+  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
+    std::this_thread::sleep_for(sleep_duration);
+  }
+  state.last_cycle_start = std::chrono::steady_clock::now();
+""",
+    "horovod/common/tensor_queue.h": """#include <mutex>
+class TensorQueue {
+public:
+  void RemoveJoinTensor();
+
+protected:
+  mutable std::mutex mutex_;
+};
+""",
+    "horovod/common/tensor_queue.cc": """  tensor_table_.emplace(e.tensor_name, std::move(e));
+  message_queue_.push(std::move(message));
+    tensor_table_.emplace(entries[i].tensor_name, std::move(entries[i]));
+    message_queue_.push(std::move(messages[i]));
+""",
+    f"{GLOO}/transport/tcp/pair.cc": """  std::unique_lock<std::mutex> lock(m_, std::try_to_lock);
+  if (!lock) {
+    return;
+  }
+""",
+}
 RECEIVES_FIRST = {
     f"{GLOO}/allgatherv.cc": """if (i == 0) {
       out->recv(last, slot, c[i], d[i]);
@@ -76,9 +103,26 @@ def archive(folder, files):
 
 
 def test_gloo_is_made_to_receive_before_it_sends(tmp_path):
-    source = unpack(archive(tmp_path, PUBLISHED))
+    source = unpack(archive(tmp_path, PUBLISHED | OTHER))
     assert source == tmp_path / "horovod-0.28.1"
     assert {name: (source / name).read_text() for name in RECEIVES_FIRST} == RECEIVES_FIRST
+
+
+def test_horovods_thread_is_made_to_sleep_until_there_is_a_tensor(tmp_path):
+    common = unpack(archive(tmp_path, PUBLISHED | OTHER)) / "horovod" / "common"
+    waits = (common / "operations.cc").read_text()
+    published = waits.index("sleep_for"), waits.index("state.last_cycle_start =")
+    assert published[0] < waits.index("WaitForTensor(") < published[1]
+    told = (common / "tensor_queue.cc").read_text().splitlines()
+    assert [number for number, line in enumerate(told) if "added_.notify_one();" in line] == [1, 4]
+    header = (common / "tensor_queue.h").read_text()
+    assert header.index("void WaitForTensor(") < header.index("protected:") < header.index("added_;")
+    assert "#include <condition_variable>" in header
+
+
+def test_gloos_thread_does_not_ask_again_at_once(tmp_path):
+    pair = unpack(archive(tmp_path, PUBLISHED | OTHER)) / GLOO / "transport" / "tcp" / "pair.cc"
+    assert "  if (!lock) {\n    usleep(50);\n    return;\n" in pair.read_text()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +137,7 @@ def test_gloo_is_made_to_receive_before_it_sends(tmp_path):
     ],
 )
 def test_horovodrun_is_made_to_end_as_its_ranks_did(error, code, says, tmp_path):
-    source = unpack(archive(tmp_path, PUBLISHED))
+    source = unpack(archive(tmp_path, PUBLISHED | OTHER))
     runner = source / "horovod" / "runner" / "launch.py"
     runner.write_text(f"{runner.read_text()}".replace("parse_args()", f"[{error}]"))
     done = subprocess.run([sys.executable, runner], capture_output=True, text=True, check=False)
@@ -102,6 +146,8 @@ def test_horovodrun_is_made_to_end_as_its_ranks_did(error, code, says, tmp_path)
 
 
 def test_a_source_that_is_not_the_known_one_is_not_built(tmp_path):
-    changed = archive(tmp_path, PUBLISHED | {"horovod/runner/launch.py": "def run_commandline(): pass\n"})
+    changed = archive(
+        tmp_path, PUBLISHED | OTHER | {"horovod/runner/launch.py": "def run_commandline(): pass\n"}
+    )
     with pytest.raises(RunError, match=r"horovod/runner/launch\.py of Horovod is not as expected"):
         unpack(changed)

@@ -48,7 +48,7 @@ def names(choices):
 
 
 def test_one_process_needs_no_mpi():
-    chosen = names(choose(None, cores=2, on_gpu=False))
+    chosen = names(choose(None, cores=2, on_gpu=False, sleeps_when_idle=False))
     assert (
         chosen["HOROVOD_CONTROLLER"] == chosen["HOROVOD_CPU_OPERATIONS"] == "gloo"
         and chosen["HOROVOD_SIZE"] == "1"
@@ -58,8 +58,24 @@ def test_one_process_needs_no_mpi():
 def test_buckets_are_fixed_under_every_launcher():
     for launcher in ("horovodrun (Gloo)", "mpirun (Open MPI)", "srun (Slurm)"):
         for on_gpu in (True, False):
-            chosen = names(choose(Launch(launcher, 0, 2, 0, 2), cores=2, on_gpu=on_gpu))
+            chosen = names(
+                choose(Launch(launcher, 0, 2, 0, 2), cores=2, on_gpu=on_gpu, sleeps_when_idle=True)
+            )
             assert chosen["HOROVOD_FUSION_THRESHOLD"] == "0"
+
+
+@pytest.mark.parametrize("launch", [None, Launch("mpirun (Open MPI)", 0, 2, 0, 2)])
+@pytest.mark.parametrize("is_elastic", [False, True])
+def test_on_a_cpu_horovod_is_kept_from_taking_the_cores_that_compute(launch, is_elastic):
+    def chosen(**settings):
+        found = names(choose(launch, cores=2, is_elastic=is_elastic, **settings))
+        return {name: value for name, value in found.items() if name.endswith("CYCLE_TIME")}
+
+    assert chosen(on_gpu=False, sleeps_when_idle=True) == {"HOROVOD_IDLE_CYCLE_TIME": "100"}
+    # As it was published it cannot sleep, and crashes if it is started twice with a cycle time.
+    expected = {"HOROVOD_CYCLE_TIME": "10"} if launch and not is_elastic else {}
+    assert chosen(on_gpu=False, sleeps_when_idle=False) == expected
+    assert chosen(on_gpu=True, sleeps_when_idle=True) == {}
 
 
 def test_what_the_user_has_set_is_left_alone():
