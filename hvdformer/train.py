@@ -221,7 +221,7 @@ def _train(
                 (loss * (loss_scale.value / nominal_targets)).backward()
                 losses.add(loss)
                 num_targets += count
-                beat()
+                beat(where.step)
             where.enter("fusion")
             return losses, num_targets
 

@@ -46,12 +46,15 @@ _LAUNCHER_SECONDS = 3  # for a launcher to end by itself when a rank has ended t
 _STACK_SECONDS = 2.0  # for a stuck rank to send its stack
 
 _beats = 0
+_steps: set[int] = set()  # the first two steps with a beat since the ranks have come together
 
 
-def beat() -> None:
-    """Tell that this rank makes progress: called after each piece of work that takes a while."""
+def beat(step: int | None = None) -> None:
+    """Tell that this rank makes progress: called after each piece of work that takes a while, in a step or beside them."""
     global _beats
     _beats += 1
+    if step is not None and len(_steps) < 2:
+        _steps.add(step)
 
 
 @dataclass
@@ -62,7 +65,7 @@ class _Report:
     pid: int
     heard: float  # time of its last message
     moved: float  # time of its last progress
-    at: dict[str, Any] = field(default_factory=dict)  # step, phase, waiting_for, beats
+    at: dict[str, Any] = field(default_factory=dict)  # what `_state` gave
     is_gone: bool = False
     has_left: bool = False
     stack: str | None = None
@@ -93,6 +96,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        _steps.clear()
         if world.size == 1:
             return
         self._peers = comm.gather_json({"host": comm.host_name(), "pid": os.getpid()}, "watchdog ranks")
@@ -142,7 +146,15 @@ class Watchdog:
     def _state(self) -> dict[str, Any]:
         step, phase = self._where()
         waiting = comm.waiting_for() or ("the gradients of all ranks" if phase == "fusion" else None)
-        return {"step": step, "phase": phase, "waiting_for": waiting, "beats": _beats}
+        # All ranks take part in a step: one that is in its second knows that all have done the first.
+        is_under_way = len(_steps) == 2
+        return {
+            "step": step,
+            "phase": phase,
+            "waiting_for": waiting,
+            "beats": _beats,
+            "is_under_way": is_under_way,
+        }
 
     def _stack(self) -> str:
         """The Python stack of this rank's training thread."""
@@ -251,7 +263,9 @@ class Watchdog:
         gone = [n for n, r in reports.items() if r.is_gone and now - r.heard > _GONE_SECONDS + self._interval]
         gone = [] if self._world.is_elastic else gone
         here = [(n, r) for n, r in reports.items() if not r.has_left and not r.is_gone]
-        has_started = all(r.at.get("beats") for _, r in here)
+        has_started = all(r.at.get("beats") for _, r in here) or any(
+            r.at.get("is_under_way") for _, r in here
+        )
         limit = self._limit if has_started else max(self._limit, _START_SECONDS)
         silent = [n for n, r in here if now - r.heard > limit]
         still = all(now - r.moved > limit for _, r in here)
