@@ -89,18 +89,41 @@ EDITS = (
     std::unique_lock<std::mutex> lock(mutex_);
     added_.wait_until(lock, until, [this] { return !tensor_table_.empty(); });
   }
+
+  void Open() {
+    std::lock_guard<std::mutex> guard(mutex_);
+    is_closed_ = false;
+  }
 """,
     ),
     Edit(
         "horovod/common/tensor_queue.h",
         r"  mutable std::mutex mutex_;\n",
-        r"\g<0>  std::condition_variable added_;\n",
+        r"\g<0>  std::condition_variable added_;\n  bool is_closed_ = false;\n",
     ),
     Edit(
         "horovod/common/tensor_queue.cc",
         r" *tensor_table_\.emplace\((e|entries\[i\])\.tensor_name, std::move\(\1\)\);\n",
         r"\g<0>    added_.notify_one();\n",
         count=2,
+    ),
+    # A tensor that came while the thread was ending, for contact to a rank was lost, was left in the table, and who waited for
+    # it waited for ever: from the moment that the table is cleared it takes no more, until Horovod is started again.
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        r"(Status TensorQueue::AddToTensorQueue(?:Multi)?\([^{]*\{\n *std::lock_guard<std::mutex> guard\(mutex_\);\n)",
+        r"\1  if (is_closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n",
+        count=2,
+    ),
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        r"void TensorQueue::FinalizeTensorQueue\([^{]*\{\n *std::lock_guard<std::mutex> guard\(mutex_\);\n",
+        r"\g<0>  is_closed_ = true;\n",
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        r"  state\.initialization_done = true;\n",
+        r"  state.process_set_table.Get(0).tensor_queue.Open();\n\g<0>",
     ),
     # horovodrun ends with 1, whatever the ranks' exit code is, and with a traceback of its own behind their message.
     Edit(

@@ -51,6 +51,7 @@ OTHER = {
     std::this_thread::sleep_for(sleep_duration);
   }
   state.last_cycle_start = std::chrono::steady_clock::now();
+  state.initialization_done = true;
 """,
     "horovod/common/tensor_queue.h": """#include <mutex>
 class TensorQueue {
@@ -61,10 +62,20 @@ protected:
   mutable std::mutex mutex_;
 };
 """,
-    "horovod/common/tensor_queue.cc": """  tensor_table_.emplace(e.tensor_name, std::move(e));
-  message_queue_.push(std::move(message));
+    "horovod/common/tensor_queue.cc": """Status TensorQueue::AddToTensorQueue(TensorTableEntry& e) {
+  std::lock_guard<std::mutex> guard(mutex_);
+  tensor_table_.emplace(e.tensor_name, std::move(e));
+}
+Status TensorQueue::AddToTensorQueueMulti(std::vector<TensorTableEntry>& entries,
+                                          std::vector<Request>& messages) {
+  std::lock_guard<std::mutex> guard(mutex_);
+
     tensor_table_.emplace(entries[i].tensor_name, std::move(entries[i]));
-    message_queue_.push(std::move(messages[i]));
+}
+void TensorQueue::FinalizeTensorQueue(const Status& status) {
+  std::lock_guard<std::mutex> guard(mutex_);
+  tensor_table_.clear();
+}
 """,
     f"{GLOO}/transport/tcp/pair.cc": """  std::unique_lock<std::mutex> lock(m_, std::try_to_lock);
   if (!lock) {
@@ -114,10 +125,21 @@ def test_horovods_thread_is_made_to_sleep_until_there_is_a_tensor(tmp_path):
     published = waits.index("sleep_for"), waits.index("state.last_cycle_start =")
     assert published[0] < waits.index("WaitForTensor(") < published[1]
     told = (common / "tensor_queue.cc").read_text().splitlines()
-    assert [number for number, line in enumerate(told) if "added_.notify_one();" in line] == [1, 4]
+    notifies = [number for number, line in enumerate(told) if "added_.notify_one();" in line]
+    assert ["tensor_table_.emplace" in told[number - 1] for number in notifies] == [True, True]
     header = (common / "tensor_queue.h").read_text()
     assert header.index("void WaitForTensor(") < header.index("protected:") < header.index("added_;")
     assert "#include <condition_variable>" in header
+
+
+def test_a_table_that_was_cleared_takes_no_tensor_until_horovod_starts_again(tmp_path):
+    common = unpack(archive(tmp_path, PUBLISHED | OTHER)) / "horovod" / "common"
+    table = (common / "tensor_queue.cc").read_text()
+    refused = "guard(mutex_);\n  if (is_closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
+    assert table.count(refused) == 2 and table.count("guard(mutex_);\n  is_closed_ = true;\n") == 1
+    assert (
+        "tensor_queue.Open();\n  state.initialization_done = true;" in (common / "operations.cc").read_text()
+    )
 
 
 def test_gloos_thread_does_not_ask_again_at_once(tmp_path):
