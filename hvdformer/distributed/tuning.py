@@ -34,8 +34,8 @@ def choose(
     sleeps_when_idle: whether this Horovod can: horovod_source.py.
     """
     idle: list[Choice] = []
-    # Not in elastic jobs: with it, on a busy machine, a rank that had lost contact to another was seen to wait for ever, in
-    # 3 of some 100 runs; without it not yet.
+    # Not in elastic jobs, in which a rank that has lost contact to another sometimes waits for ever (docs/elastic.md): what
+    # is not understood is not built upon.
     if sleeps_when_idle and not on_gpu and not is_elastic:
         why = "ms: with nothing to reduce, Horovod's thread sleeps until there is something, and leaves the core to the rank"
         idle = [("HOROVOD_IDLE_CYCLE_TIME", "100", why)]
