@@ -296,9 +296,10 @@ def _conclude(
 
 
 def _remove_parts(out: Path) -> None:
-    """What a complete data set does not need; the caller holds the lock."""
-    shutil.rmtree(out / PARTS)
-    (out / LOCK).unlink()
+    """What a complete data set does not need, as far as it is there; the caller holds the lock."""
+    if (out / PARTS).exists():
+        shutil.rmtree(out / PARTS)
+    (out / LOCK).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -317,6 +318,7 @@ def _locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
             file = at_end.enter_context(open(out / LOCK, "a+", encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}. Choose another --out.") from None
+        is_locked = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -327,11 +329,12 @@ def _locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
+            is_locked = False
             say(f"{out}: its file system has no locks. See to it that no other preparation writes there.")
-        if (
-            out / INDEX_FILE
-        ).exists():  # another one has just finished, or was killed before it had tidied up
-            _remove_parts(out)
+        if (out / INDEX_FILE).exists():
+            # Another one has just finished, or was killed before it had tidied up; without locks it may be about to.
+            if is_locked:
+                _remove_parts(out)
             raise complete
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
