@@ -24,12 +24,11 @@ import torch
 from hvdformer.config import FusionConfig
 from hvdformer.distributed import comm
 from hvdformer.distributed.buckets import Bucket, Watch
-from hvdformer.distributed.fusion import Fusion, MakeOptimizer, Share
+from hvdformer.distributed.fusion import CHUNK, Fusion, MakeOptimizer, Share
 
 _ROOM = 3  # bits between the largest gradient of one step and the largest that the next may have
 _MAX_SCALE = 100  # of s: 2^s and 2^-s have to be fp32 numbers
 _NOT_FINITE = 1000  # stands for the exponent of infinities and NaN
-_CHUNK = 65536  # numbers converted at a time: what lies between the passes stays in the core's cache
 
 
 class ExactFusion(Fusion):
@@ -51,7 +50,7 @@ class ExactFusion(Fusion):
         )  # |g| of this rank's micro-batches in this step
         self._passes = [0] * len(buckets)
         self._handles: dict[int, int] = {}
-        self._buffers = torch.empty(_CHUNK, device=device), torch.empty(_CHUNK, dtype=dtype, device=device)
+        self._buffers = torch.empty(CHUNK, device=device), torch.empty(CHUNK, dtype=dtype, device=device)
         self._is_finite = True
         self._watch = Watch(buckets, 1, self._add)
 
@@ -63,7 +62,7 @@ class ExactFusion(Fusion):
         is_first = self._passes[number] == 0
         scaled, rounded = self._buffers
         extremes: list[torch.Tensor] = []
-        for part, total in zip(gradient.split(_CHUNK), sums.split(_CHUNK), strict=True):
+        for part, total in zip(gradient.split(CHUNK), sums.split(CHUNK), strict=True):
             extremes += torch.aminmax(part)  # NaN if there is one
             if self._scales:
                 q = torch.mul(part, factor, out=scaled[: len(part)]).round_()
@@ -105,7 +104,7 @@ class ExactFusion(Fusion):
         if used is None or any(e + s > self._bits for e, s in zip(exponents, used, strict=True)):
             return False
         for bucket, sums, s in zip(self.buckets, self._sums, used, strict=True):
-            for part, total in zip(bucket.gradient.split(_CHUNK), sums.split(_CHUNK), strict=True):
+            for part, total in zip(bucket.gradient.split(CHUNK), sums.split(CHUNK), strict=True):
                 part.copy_(total).mul_(2.0**-s)
         return True
 

@@ -44,8 +44,6 @@ PUBLISHED = {
     out->recv(
         recvRank, slot, b[recvRank]);
 """,
-}
-OTHER = {
     "horovod/common/operations.cc": """  auto start_time = std::chrono::steady_clock::now();
   if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
     std::this_thread::sleep_for(sleep_duration);
@@ -114,13 +112,13 @@ def archive(folder, files):
 
 
 def test_gloo_is_made_to_receive_before_it_sends(tmp_path):
-    source = unpack(archive(tmp_path, PUBLISHED | OTHER))
+    source = unpack(archive(tmp_path, PUBLISHED))
     assert source == tmp_path / "horovod-0.28.1"
     assert {name: (source / name).read_text() for name in RECEIVES_FIRST} == RECEIVES_FIRST
 
 
 def test_horovods_thread_is_made_to_sleep_until_there_is_a_tensor(tmp_path):
-    common = unpack(archive(tmp_path, PUBLISHED | OTHER)) / "horovod" / "common"
+    common = unpack(archive(tmp_path, PUBLISHED)) / "horovod" / "common"
     waits = (common / "operations.cc").read_text()
     published = waits.index("sleep_for"), waits.index("state.last_cycle_start =")
     assert published[0] < waits.index("WaitForTensor(") < published[1]
@@ -133,7 +131,7 @@ def test_horovods_thread_is_made_to_sleep_until_there_is_a_tensor(tmp_path):
 
 
 def test_a_table_that_was_cleared_takes_no_tensor_until_horovod_starts_again(tmp_path):
-    common = unpack(archive(tmp_path, PUBLISHED | OTHER)) / "horovod" / "common"
+    common = unpack(archive(tmp_path, PUBLISHED)) / "horovod" / "common"
     table = (common / "tensor_queue.cc").read_text()
     refused = "guard(mutex_);\n  if (is_closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
     assert table.count(refused) == 2 and table.count("guard(mutex_);\n  is_closed_ = true;\n") == 1
@@ -143,7 +141,7 @@ def test_a_table_that_was_cleared_takes_no_tensor_until_horovod_starts_again(tmp
 
 
 def test_gloos_thread_does_not_ask_again_at_once(tmp_path):
-    pair = unpack(archive(tmp_path, PUBLISHED | OTHER)) / GLOO / "transport" / "tcp" / "pair.cc"
+    pair = unpack(archive(tmp_path, PUBLISHED)) / GLOO / "transport" / "tcp" / "pair.cc"
     assert "  if (!lock) {\n    usleep(50);\n    return;\n" in pair.read_text()
 
 
@@ -159,7 +157,7 @@ def test_gloos_thread_does_not_ask_again_at_once(tmp_path):
     ],
 )
 def test_horovodrun_is_made_to_end_as_its_ranks_did(error, code, says, tmp_path):
-    source = unpack(archive(tmp_path, PUBLISHED | OTHER))
+    source = unpack(archive(tmp_path, PUBLISHED))
     runner = source / "horovod" / "runner" / "launch.py"
     runner.write_text(f"{runner.read_text()}".replace("parse_args()", f"[{error}]"))
     done = subprocess.run([sys.executable, runner], capture_output=True, text=True, check=False)
@@ -168,8 +166,6 @@ def test_horovodrun_is_made_to_end_as_its_ranks_did(error, code, says, tmp_path)
 
 
 def test_a_source_that_is_not_the_known_one_is_not_built(tmp_path):
-    changed = archive(
-        tmp_path, PUBLISHED | OTHER | {"horovod/runner/launch.py": "def run_commandline(): pass\n"}
-    )
+    changed = archive(tmp_path, PUBLISHED | {"horovod/runner/launch.py": "def run_commandline(): pass\n"})
     with pytest.raises(RunError, match=r"horovod/runner/launch\.py of Horovod is not as expected"):
         unpack(changed)
