@@ -55,7 +55,7 @@ def run(
             where.enter("reconnect")
             if isinstance(error, comm.WorldChanged):
                 say("hosts have come or gone: connecting anew")
-                comm.disconnect()
             else:
                 say("contact to a rank is lost: connecting anew")
-                comm.disconnect_from_broken_job()
+                comm.hang_up()
+            comm.disconnect()

@@ -54,6 +54,8 @@ def train(
     try:
         code = _train(config, run_dir, resume, here, where, stop, survivor or Survivor(), at_end)
     except Exception as error:
+        if here.world.is_elastic and comm.is_lost_contact(error):
+            comm.hang_up()  # before anything that takes time: the others may be waiting for this rank
         # Another run may follow in this process; any other error ends it at once.
         if isinstance(error, comm.Agreed) or here.world.is_elastic:
             at_end.close()

@@ -156,11 +156,11 @@ def disconnect() -> None:
     hvd.shutdown()
 
 
-def disconnect_from_broken_job() -> None:
-    """Leave an elastic job whose collectives have failed, so that the other ranks notice at once.
+def hang_up() -> None:
+    """Close Horovod's connections of an elastic job whose collectives have failed: the other ranks notice at once.
 
     They may be waiting for data from this rank, not from the one that is gone, and Gloo would have them wait for 30 s:
-    Horovod's shutdown leaves the connections open until the next start.
+    Horovod's `disconnect`, which is still to be called, leaves the connections open until the next start.
     """
     for descriptor, identity in _horovods_sockets.items():
         try:
@@ -170,7 +170,6 @@ def disconnect_from_broken_job() -> None:
         except OSError:
             continue  # closed, or one that listens
     _horovods_sockets.clear()
-    disconnect()
 
 
 _horovods_sockets: dict[int, str] = {}  # {descriptor: identity}

@@ -10,13 +10,15 @@ within the timeout, where the rank is; and rank 0's thread ends the job when
   the others wait for, and they send the Python stack of their training thread.
 
 If rank 0 is the silent one, the others notice by themselves. In an elastic job only the ranks that stand still are
-ended; Horovod notices those that are gone, and the others go on without them. Messages are lines of JSON, after a line with a random
+ended; Horovod notices those that are gone, and the others go on without them. A rank that has not noticed long after
+the others ends itself, or all would wait for it. Messages are lines of JSON, after a line with a random
 token that only the ranks of this job know; nothing else is read from a connection.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import secrets
@@ -44,6 +46,7 @@ _GONE_SECONDS = 3.0  # from the end of a connection to the end of the job, if it
 _START_SECONDS = 120.0  # at least so long for what comes before the first beat: imports, memory, compilation
 _LAUNCHER_SECONDS = 3  # for a launcher to end by itself when a rank has ended the job
 _STACK_SECONDS = 2.0  # for a stuck rank to send its stack
+_DEAF_SECONDS = 15.0  # for a collective to fail when a rank is gone, on top of what Gloo waits for data
 
 _beats = 0
 _steps: set[int] = set()  # the first two steps with a beat since the ranks have come together
@@ -96,6 +99,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._last: tuple[dict[str, Any], float] | None = None  # what `_state` gave, and since when
         _steps.clear()
         if world.size == 1:
             return
@@ -161,15 +165,36 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)
         return "".join(traceback.format_stack(frame)) if frame else "(the training thread has ended)"
 
+    def _end_if_deaf(self) -> None:
+        """Called now and then when another rank of an elastic job is gone: end this one if it does not notice."""
+        now, state = time.monotonic(), self._state()
+        if self._last is None or state != self._last[0]:
+            self._last = state, now
+            # For a training thread that hangs with Python's lock in its hand: then this thread stands still too.
+            faulthandler.dump_traceback_later(2 * self._limit, exit=True)
+            return
+        gloo_seconds = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", 30))
+        limit = gloo_seconds + _DEAF_SECONDS if state["waiting_for"] else self._limit
+        if now - self._last[1] > limit:
+            what = (
+                f"another rank is gone, and rank {self._world.rank} on {comm.host_name()} has not noticed it for {limit:.0f} s "
+                f"in step {state['step']}, {state['phase']}:\n{self._stack()}".rstrip()
+            )
+            self._say("this rank ends itself", [what])
+            self._tell(what)
+            _leave(1)
+
     # Ranks 1, 2, ...
 
     def _report_to_rank_0(self, lines: _Lines) -> None:
         connection = lines.connection
         heard = time.monotonic()
+        rank_0_has_left = False
         while not self._stopped.is_set():
             _send(connection, self._state())
             for message in lines.read(self._interval):
                 heard = time.monotonic()
+                rank_0_has_left = bool(message.get("left"))
                 if message.get("ask") == "stack":
                     _send(connection, {"stack": self._stack()[-_MAX_LINE // 2 :]})
                 elif "end" in message:
@@ -177,11 +202,14 @@ class Watchdog:
             # The lowest rank that is left speaks: by the time of the others, the launcher has ended them.
             limit = self._limit if _beats else max(self._limit, _START_SECONDS)
             patience = limit + 5 * (self._world.rank - 1)
+            if rank_0_has_left and self._world.is_elastic:
+                self._end_if_deaf()
             if time.monotonic() - heard > patience or lines.is_closed:
                 if not lines.is_closed:
                     self._end_one(0, self._peers[0]["host"], self._peers[0]["pid"])
                 if self._world.is_elastic:
-                    return
+                    rank_0_has_left = True
+                    continue
                 if lines.is_closed and self._stopped.wait(_GONE_SECONDS + 5 * (self._world.rank - 1)):
                     return
                 host = self._peers[0]["host"]
@@ -191,6 +219,7 @@ class Watchdog:
                     else f"rank 0 on {host} has been silent for {patience:.0f} s: it was stopped or swapped out, or its host "
                     "or network is gone"
                 )
+        faulthandler.cancel_dump_traceback_later()
         _send(connection, {"bye": True})
         connection.close()
 
@@ -236,10 +265,15 @@ class Watchdog:
                 break  # rank 0's own work is done, and those that are left are the launcher's affair
             if now >= next_ping:
                 for lines in connections.values():
-                    _send(lines.connection, {"ok": True})
+                    _send(lines.connection, {"left": self._stopped.is_set()})
                 next_ping = now + self._interval
-            if not self._stopped.is_set():
-                self._judge(reports, connections, now)
+            if self._stopped.is_set():
+                faulthandler.cancel_dump_traceback_later()
+                continue
+            self._judge(reports, connections, now)
+            if self._world.is_elastic and any(r.is_gone or r.has_left for n, r in reports.items() if n):
+                self._end_if_deaf()
+        faulthandler.cancel_dump_traceback_later()
         listener.close()
 
     def _greeted(self, messages: list[dict[str, Any]]) -> int | None:

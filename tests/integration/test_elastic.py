@@ -133,6 +133,27 @@ def test_a_frozen_rank_is_taken_out_and_named(undisturbed, tmp_path):
     assert jobs.weights_and_optimizer(tmp_path / "run", 30) == jobs.weights_and_optimizer(undisturbed[30], 30)
 
 
+@pytest.mark.parametrize(
+    "rank,phase,settings",
+    [
+        (2, "backward", ("fusion.kind=exact", "train.stall_timeout_seconds=8")),
+        (0, "fusion", ("fusion.kind=local_sgd", "fusion.every=5")),  # as if it waited for the others
+    ],
+)
+def test_a_rank_that_does_not_notice_that_another_is_gone_ends_itself(rank, phase, settings, tmp_path):
+    """Otherwise the others would wait for it, once they have connected anew."""
+    output = finish(
+        elastic(tmp_path, "train.steps=15", *settings),
+        tmp_path,
+        HVDFORMER_FAULT=f"kill:rank=1,step=12;hang:rank={rank},step=12,phase={phase}",
+    )
+    assert f"another rank is gone, and rank {rank} on " in output and f"in step 12, {phase}:" in output
+    assert "in strike" in output  # the stack
+    assert sizes(output) == [3, 1]
+    steps = [line["step"] for line in jobs.metrics(tmp_path / "run") if "grad_norm" in line]
+    assert steps == list(range(1, 16))
+
+
 @pytest.mark.parametrize("settings", [("fusion.kind=zero1",), ("fusion.kind=local_sgd", "fusion.every=5")])
 def test_kinds_whose_state_is_lost_with_a_rank_go_back_to_the_checkpoint(settings, tmp_path):
     command = elastic(tmp_path, "train.steps=30", "train.global_batch=12", *settings)
