@@ -11,6 +11,7 @@ first if not given), so that a restarted job gets past them.
     raise      raise an error
     freeze     stop the process by SIGSTOP: it holds its memory and connections, and does nothing
     hang       never come back from this phase, as a read from a dead file server
+    deadlock   the same with Python's lock in hand, as a library in C: no other thread of the process goes on either
     nan        make the loss NaN (phase backward)
     spike      make the loss, and with it the gradient, a thousand times as large (phase backward)
     full-disk  refuse the checkpoint of the step for want of space (phase save)
@@ -19,6 +20,7 @@ first if not given), so that a restarted job gets past them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -30,7 +32,7 @@ from hvdformer.errors import UserError
 
 VARIABLE = "HVDFORMER_FAULT"
 ATTEMPT = "HVDFORMER_ATTEMPT"  # set by `hvdformer launch`
-ACTIONS = ("kill", "exit", "raise", "freeze", "hang", "nan", "spike", "full-disk", "corrupt")
+ACTIONS = ("kill", "exit", "raise", "freeze", "hang", "deadlock", "nan", "spike", "full-disk", "corrupt")
 _ONLY_IN = {"nan": "backward", "spike": "backward", "full-disk": "save", "corrupt": "save"}
 PHASES = ("data", "forward", "backward", "fusion", "update", "evaluation", "save")
 
@@ -105,6 +107,8 @@ def strike(phase: str, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif fault.action == "hang":
                 threading.Event().wait()
+            elif fault.action == "deadlock":
+                ctypes.PyDLL(None).sleep(2**31 - 1)
 
 
 def spoil(loss: torch.Tensor, step: int) -> torch.Tensor:

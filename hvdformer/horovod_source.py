@@ -15,7 +15,7 @@ SOURCE_SHA256 = (
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"  # of PyPI's horovod-0.28.1.tar.gz
 )
 LOCAL_VERSION = (
-    "hvdformer.1"  # 0.28.1+hvdformer.1 says that it is not as it was published; raise it with EDITS
+    "hvdformer.2"  # 0.28.1+hvdformer.2 says that it is not as it was published; raise it with EDITS
 )
 
 
@@ -91,15 +91,17 @@ EDITS = (
   }
 
   void Open() {
+    TensorTable ended;  // destroyed after the lock is given back
     std::lock_guard<std::mutex> guard(mutex_);
     is_closed_ = false;
+    ended.swap(ended_);
   }
 """,
     ),
     Edit(
         "horovod/common/tensor_queue.h",
         r"  mutable std::mutex mutex_;\n",
-        r"\g<0>  std::condition_variable added_;\n  bool is_closed_ = false;\n",
+        r"\g<0>  std::condition_variable added_;\n  bool is_closed_ = false;\n  TensorTable ended_;\n",
     ),
     Edit(
         "horovod/common/tensor_queue.cc",
@@ -119,6 +121,14 @@ EDITS = (
         "horovod/common/tensor_queue.cc",
         r"void TensorQueue::FinalizeTensorQueue\([^{]*\{\n *std::lock_guard<std::mutex> guard\(mutex_\);\n",
         r"\g<0>  is_closed_ = true;\n",
+    ),
+    # Since PyTorch 2.10 a thread that lets go of a tensor which Python knows needs Python's lock. The thread that cleared the
+    # table held locks of Horovod's own, and the one with Python's lock waited for these to hand over a tensor: for ever. So
+    # the tensors stay until Horovod is started again.
+    Edit(
+        "horovod/common/tensor_queue.cc",
+        r"  tensor_table_\.clear\(\);\n",
+        "  tensor_table_.swap(ended_);\n",
     ),
     Edit(
         "horovod/common/operations.cc",

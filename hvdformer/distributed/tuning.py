@@ -34,9 +34,7 @@ def choose(
     sleeps_when_idle: whether this Horovod can: horovod_source.py.
     """
     idle: list[Choice] = []
-    # Not in elastic jobs, in which a rank that has lost contact to another sometimes waits for ever (docs/elastic.md): what
-    # is not understood is not built upon.
-    if sleeps_when_idle and not on_gpu and not is_elastic:
+    if sleeps_when_idle and not on_gpu:
         why = "ms: with nothing to reduce, Horovod's thread sleeps until there is something, and leaves the core to the rank"
         idle = [("HOROVOD_IDLE_CYCLE_TIME", "100", why)]
     if launch is None:
@@ -67,14 +65,14 @@ def choose(
         ),
         *idle,
     ]
-    if on_gpu or is_elastic:
-        return choices  # elastic: see CRASHES_WHEN_ELASTIC
+    if on_gpu:
+        return choices
     crowded = launch.local_size is None or launch.local_size >= cores
     if crowded and launch.launcher.startswith(("mpirun", "srun")):
         ranks = f"{launch.local_size or 'all'} ranks on {cores} cores"
         why = f"{ranks}: a rank that waits gives its core to one that computes"
         choices.append(("OMPI_MCA_mpi_yield_when_idle", "1", why))
-    if not idle:
+    if not idle and not is_elastic:  # see CRASHES_WHEN_ELASTIC
         why = "ms between two negotiations: on a CPU each takes time from the ranks that compute"
         choices.append(("HOROVOD_CYCLE_TIME", "10", why))
     return choices

@@ -99,6 +99,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._next_arm = 0.0
         self._last: tuple[dict[str, Any], float] | None = None  # what `_state` gave, and since when
         _steps.clear()
         if world.size == 1:
@@ -165,13 +166,21 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)
         return "".join(traceback.format_stack(frame)) if frame else "(the training thread has ended)"
 
+    def _arm(self) -> None:
+        """Called now and then: if that ends, this process of an elastic job ends within the timeout, with its stacks.
+
+        For a training thread that hangs with Python's lock in hand, so that this thread stands still too. Of any other job
+        rank 0 or the launcher ends it; here the others have left by then.
+        """
+        if self._world.is_elastic and time.monotonic() >= self._next_arm:
+            faulthandler.dump_traceback_later(self._timeout, exit=True)
+            self._next_arm = time.monotonic() + self._timeout / 10
+
     def _end_if_deaf(self) -> None:
         """Called now and then when another rank of an elastic job is gone: end this one if it does not notice."""
         now, state = time.monotonic(), self._state()
         if self._last is None or state != self._last[0]:
             self._last = state, now
-            # For a training thread that hangs with Python's lock in its hand: then this thread stands still too.
-            faulthandler.dump_traceback_later(2 * self._limit, exit=True)
             return
         gloo_seconds = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", 30))
         limit = gloo_seconds + _DEAF_SECONDS if state["waiting_for"] else self._limit
@@ -191,6 +200,7 @@ class Watchdog:
         heard = time.monotonic()
         rank_0_has_left = False
         while not self._stopped.is_set():
+            self._arm()
             _send(connection, self._state())
             for message in lines.read(self._interval):
                 heard = time.monotonic()
@@ -270,6 +280,7 @@ class Watchdog:
             if self._stopped.is_set():
                 faulthandler.cancel_dump_traceback_later()
                 continue
+            self._arm()
             self._judge(reports, connections, now)
             if self._world.is_elastic and any(r.is_gone or r.has_left for n, r in reports.items() if n):
                 self._end_if_deaf()

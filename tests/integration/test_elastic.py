@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 
 import pytest
 
@@ -18,6 +19,31 @@ SETTINGS = (
     "train.log_every=1",
 )
 HOSTS = ("localhost", "127.0.0.1", socket.gethostname())  # Horovod takes each name for a host of its own
+
+
+# Rank 1 goes while rank 0 hands over one tensor after the other, which all wait for rank 1.
+LOSE_CONTACT = """
+import os, time, torch, horovod.torch as hvd
+from horovod.common.exceptions import HorovodInternalError
+hvd.init()
+if hvd.rank() == 1:
+    time.sleep(1)
+    os._exit(0)
+handles = []
+try:
+    while True:
+        handles.append(hvd.allreduce_async(torch.ones(4), name=f"tensor {len(handles)}", op=hvd.Sum))
+        time.sleep(1e-4 * (len(handles) > 500))
+except HorovodInternalError:
+    pass
+for handle in handles:
+    try:
+        hvd.synchronize(handle)
+    except HorovodInternalError:
+        continue
+    raise SystemExit("a tensor was reduced")
+print("every one of", len(handles), "tensors is answered")
+"""
 
 
 def elastic(cwd, *arguments, np=3, options=()):
@@ -109,7 +135,7 @@ def test_a_rank_that_is_killed_and_one_that_joins_leave_the_bits_alone(undisturb
     assert sizes(output)[:3] == [3, 2, 3]
     assert "hosts have come or gone: connecting anew" in output
     assert_same(tmp_path / "run", undisturbed[150], 150)
-    assert seconds_to(tmp_path / "run", 12) < 10
+    assert seconds_to(tmp_path / "run", 12) < 5  # 0.6 on a quiet machine
 
 
 def test_a_host_can_be_taken_away(undisturbed, tmp_path):
@@ -134,21 +160,33 @@ def test_a_frozen_rank_is_taken_out_and_named(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rank,phase,settings",
+    "fault,settings,message",
     [
-        (2, "backward", ("fusion.kind=exact", "train.stall_timeout_seconds=8")),
-        (0, "fusion", ("fusion.kind=local_sgd", "fusion.every=5")),  # as if it waited for the others
+        (
+            "hang:rank=2,step=12",
+            ("fusion.kind=exact", "train.stall_timeout_seconds=8"),
+            "another rank is gone, and rank 2 on ",
+        ),
+        (  # as if it waited for the others
+            "hang:rank=0,step=12,phase=fusion",
+            ("fusion.kind=local_sgd", "fusion.every=5"),
+            "another rank is gone, and rank 0 on ",
+        ),
+        (
+            "deadlock:rank=0,step=12",
+            ("fusion.kind=exact", "train.stall_timeout_seconds=8"),
+            "Timeout (0:00:08)!",
+        ),
     ],
 )
-def test_a_rank_that_does_not_notice_that_another_is_gone_ends_itself(rank, phase, settings, tmp_path):
+def test_a_rank_that_does_not_notice_that_another_is_gone_ends_itself(fault, settings, message, tmp_path):
     """Otherwise the others would wait for it, once they have connected anew."""
     output = finish(
         elastic(tmp_path, "train.steps=15", *settings),
         tmp_path,
-        HVDFORMER_FAULT=f"kill:rank=1,step=12;hang:rank={rank},step=12,phase={phase}",
+        HVDFORMER_FAULT=f"kill:rank=1,step=12;{fault}",
     )
-    assert f"another rank is gone, and rank {rank} on " in output and f"in step 12, {phase}:" in output
-    assert "in strike" in output  # the stack
+    assert message in output and "in strike" in output  # the stack
     assert sizes(output) == [3, 1]
     steps = [line["step"] for line in jobs.metrics(tmp_path / "run") if "grad_norm" in line]
     assert steps == list(range(1, 16))
@@ -173,6 +211,12 @@ def test_zero1_saves_before_its_ranks_change(tmp_path):
     finally:
         job.end()
     assert sizes(job.output) == [3, 2] and "going on from step " in job.output
+
+
+def test_horovod_answers_whoever_waits_when_contact_is_lost(tmp_path):
+    """As published it hangs: its thread lets go of tensors, for which it needs Python's lock, with a lock of its own."""
+    command = [*jobs.LAUNCHERS["horovodrun-gloo"](2), sys.executable, "-c", LOSE_CONTACT]
+    assert "tensors is answered" in finish(command, tmp_path)
 
 
 def test_cycle_time_is_refused_by_name(tmp_path):

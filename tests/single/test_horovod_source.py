@@ -135,6 +135,13 @@ def test_a_table_that_was_cleared_takes_no_tensor_until_horovod_starts_again(tmp
     table = (common / "tensor_queue.cc").read_text()
     refused = "guard(mutex_);\n  if (is_closed_) {\n    return SHUT_DOWN_ERROR;\n  }\n"
     assert table.count(refused) == 2 and table.count("guard(mutex_);\n  is_closed_ = true;\n") == 1
+    assert "tensor_table_.swap(ended_);" in table and ".clear()" not in table
+    header = (common / "tensor_queue.h").read_text()
+    assert (
+        header.index("TensorTable ended;")
+        < header.index("ended.swap(ended_);")
+        < header.index("TensorTable ended_;")
+    )
     assert (
         "tensor_queue.Open();\n  state.initialization_done = true;" in (common / "operations.cc").read_text()
     )

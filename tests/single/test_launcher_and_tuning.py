@@ -71,7 +71,7 @@ def test_on_a_cpu_horovod_is_kept_from_taking_the_cores_that_compute(launch, is_
         found = names(choose(launch, cores=2, is_elastic=is_elastic, **settings))
         return {name: value for name, value in found.items() if name.endswith("CYCLE_TIME")}
 
-    expected = {} if is_elastic else {"HOROVOD_IDLE_CYCLE_TIME": "100"}
+    expected = {"HOROVOD_IDLE_CYCLE_TIME": "100"}
     assert chosen(on_gpu=False, sleeps_when_idle=True) == expected
     # As it was published it cannot sleep, and crashes if it is started twice with a cycle time.
     expected = {"HOROVOD_CYCLE_TIME": "10"} if launch and not is_elastic else {}
