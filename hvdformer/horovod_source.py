@@ -122,9 +122,9 @@ EDITS = (
         r"void TensorQueue::FinalizeTensorQueue\([^{]*\{\n *std::lock_guard<std::mutex> guard\(mutex_\);\n",
         r"\g<0>  is_closed_ = true;\n",
     ),
-    # Since PyTorch 2.10 a thread that lets go of a tensor which Python knows needs Python's lock. The thread that cleared the
-    # table held locks of Horovod's own, and the one with Python's lock waited for these to hand over a tensor: for ever. So
-    # the tensors stay until Horovod is started again.
+    # In today's PyTorch (2.13: c10/util/intrusive_ptr.h, PyObject preservation) who lets go of a tensor that Python knows
+    # needs Python's lock. The thread that cleared the table held locks of Horovod's own, and the one with Python's lock waited
+    # for these to hand over a tensor: for ever. So the tensors stay until Horovod is started again.
     Edit(
         "horovod/common/tensor_queue.cc",
         r"  tensor_table_\.clear\(\);\n",

@@ -173,7 +173,7 @@ class Watchdog:
         rank 0 or the launcher ends it; here the others have left by then.
         """
         if self._world.is_elastic and time.monotonic() >= self._next_arm:
-            faulthandler.dump_traceback_later(self._timeout, exit=True)
+            faulthandler.dump_traceback_later(min(self._timeout, threading.TIMEOUT_MAX), exit=True)
             self._next_arm = time.monotonic() + self._timeout / 10
 
     def _end_if_deaf(self) -> None:
