@@ -75,6 +75,21 @@ void TensorQueue::FinalizeTensorQueue(const Status& status) {
   tensor_table_.clear();
 }
 """,
+    "horovod/common/mpi/mpi_controller.cc": """#include <numeric>
+// MPIController
+void MPIController::DoInitialization() {}
+
+void MPIController::CrossRankBitwiseAnd(std::vector<long long>& bitvector,
+                                        int count) {
+  int ret_code = MPI_Allreduce(MPI_IN_PLACE, bitvector.data(), count,
+                               MPI_LONG_LONG_INT, MPI_BAND, mpi_ctx_.mpi_comm);
+}
+void MPIController::CrossRankBitwiseOr(std::vector<long long>& bitvector,
+                                       int count) {
+  int ret_code = MPI_Allreduce(MPI_IN_PLACE, bitvector.data(), count,
+                               MPI_LONG_LONG_INT, MPI_BOR, mpi_ctx_.mpi_comm);
+}
+""",
     f"{GLOO}/transport/tcp/pair.cc": """  std::unique_lock<std::mutex> lock(m_, std::try_to_lock);
   if (!lock) {
     return;
@@ -128,6 +143,16 @@ def test_horovods_thread_is_made_to_sleep_until_there_is_a_tensor(tmp_path):
     header = (common / "tensor_queue.h").read_text()
     assert header.index("void WaitForTensor(") < header.index("protected:") < header.index("added_;")
     assert "#include <condition_variable>" in header
+
+
+def test_horovods_thread_is_made_to_sleep_in_mpis_negotiation(tmp_path):
+    controller = unpack(archive(tmp_path, PUBLISHED)) / "horovod" / "common" / "mpi" / "mpi_controller.cc"
+    text = controller.read_text()
+    assert text.index("#include <thread>") < text.index("static int Finish(") < text.index("// MPIController")
+    assert "MPI_Allreduce" not in text
+    for operation in ("MPI_BAND", "MPI_BOR"):
+        asks = f"MPI_LONG_LONG_INT, {operation}, mpi_ctx_.mpi_comm, &request);\n"
+        assert f"{asks}  if (ret_code == MPI_SUCCESS) {{\n    ret_code = Finish(request);" in text
 
 
 def test_a_table_that_was_cleared_takes_no_tensor_until_horovod_starts_again(tmp_path):
