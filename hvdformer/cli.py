@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from hvdformer import __version__
+from hvdformer.distributed import tuning
 from hvdformer.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -562,6 +563,7 @@ def bench(
 
 def main() -> None:
     """The console script."""
+    tuning.poll_briefly(os.environ)
     cli.main(prog_name="hvdformer")
 
 

@@ -1,6 +1,10 @@
 """The same config under every launcher and at several world sizes."""
 
 import json
+import os
+import subprocess
+import sys
+from statistics import median
 
 import pytest
 
@@ -136,3 +140,33 @@ def test_doctor_as_json(tmp_path):
     report = json.loads(jobs.succeed("plain", 1, "doctor", "--json", cwd=tmp_path))
     assert report["problems"] == [] and report["horovod_built_with"]["gloo"] is True
     assert set(report["collectives"]["results"].values()) == {"ok"}
+
+
+def test_threads_give_a_core_to_whoever_else_needs_it(tmp_path):
+    """Two threads beside busy processes, each of which has half of a core."""
+    command = (
+        "train",
+        TINY,
+        "train.threads=2",
+        "train.sample_tokens=0",
+        "train.log_every=1",
+        "train.steps=6",
+        "optim.warmup_steps=2",
+        "train.evaluate_every=0",
+        "train.final_evaluate_sequences=2",
+    )
+    took = {}
+    neighbours = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+        for _ in os.sched_getaffinity(0)
+    ]
+    try:
+        for name, environment in (("ours", {}), ("theirs", {"GOMP_SPINCOUNT": "300000"})):
+            jobs.succeed("plain", 1, *command, "--run-dir", name, cwd=tmp_path, **environment)
+            took[name] = median(
+                [line["step_seconds"] for line in jobs.metrics(tmp_path / name) if "loss" in line]
+            )
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+    assert took["ours"] < took["theirs"] / 2, took

@@ -3,7 +3,7 @@
 import pytest
 
 from hvdformer.distributed.launcher import Launch, detect, explain_separate_runs
-from hvdformer.distributed.tuning import apply, choose, environment_summary, threads_per_rank
+from hvdformer.distributed.tuning import apply, choose, environment_summary, poll_briefly, threads_per_rank
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,15 @@ def test_what_the_user_has_set_is_left_alone():
     chosen = apply(environment, Launch("mpirun (Open MPI)", 0, 2, 0, 2), on_gpu=False)
     assert environment["HOROVOD_CYCLE_TIME"] == "7" and environment["OTHER"] == "x"
     assert "HOROVOD_CYCLE_TIME" not in names(chosen) and "HOROVOD_FUSION_THRESHOLD" in names(chosen)
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "passive"}]
+)
+def test_how_threads_wait_is_the_users_if_chosen(chosen):
+    environment = dict(chosen)
+    poll_briefly(environment)
+    assert environment == chosen
 
 
 @pytest.mark.parametrize(
