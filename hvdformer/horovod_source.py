@@ -14,8 +14,10 @@ SOURCE_SHA256 = (
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"  # of PyPI's horovod-0.28.1.tar.gz
 )
 LOCAL_VERSION = (
-    "hvdformer.3"  # 0.28.1+hvdformer.3 says that it is not as it was published; raise it with EDITS
+    "hvdformer.4"  # 0.28.1+hvdformer.4 says that it is not as it was published; raise it with EDITS
 )
+# The files of these names beside this one go there.
+ADDED = ("horovod/common/shared_memory.h", "horovod/common/ops/shared_memory_operations.h")
 
 
 def sleeps_when_idle() -> bool:
@@ -180,6 +182,49 @@ MPI_Request request;
         r"#include <numeric>\n",
         "#include <algorithm>\n#include <chrono>\n#include <numeric>\n#include <thread>\n",
     ),
+    # Ranks of one host add up in memory that they share, and agree there on what is next: no messages, no polling.
+    Edit(
+        "horovod/common/controller.h",
+        r'#include "response_cache\.h"\n',
+        r'\g<0>#include "shared_memory.h"\n',
+    ),
+    Edit(
+        "horovod/common/controller.h",
+        r"  virtual ~Controller\(\) = default;\n",
+        """\\g<0>
+#if HOROVOD_HAS_SHARED_MEMORY
+  // Where the ranks share memory; from the first allreduce in it.
+  std::shared_ptr<SharedMemory> shared_memory;
+#endif
+""",
+    ),
+    Edit(
+        "horovod/common/response_cache.cc",
+        r" *controller->CrossRankBitwise(And|Or)\(bitvector_, (count|fullcount)\);\n",
+        """\
+#if HOROVOD_HAS_SHARED_MEMORY
+  if (controller->shared_memory) {
+    controller->shared_memory->\\1(bitvector_, \\2);
+  } else
+#endif
+  \\g<0>""",
+        count=2,
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        r'#include "ops/operation_manager\.h"\n',
+        r'\g<0>#include "ops/shared_memory_operations.h"\n',
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        r"#if HAVE_GLOO\n(?=  if \(global_gloo_context\.IsEnabled\(\)\) \{\n    allreduce_ops)",
+        """\
+#if HOROVOD_HAS_SHARED_MEMORY
+  allreduce_ops.push_back(std::make_shared<SharedMemoryAllreduce>(&state));
+#endif
+
+\\g<0>""",
+    ),
     # horovodrun ends with 1, whatever the ranks' exit code is, and with a traceback of its own behind their message.
     Edit(
         "horovod/runner/launch.py",
@@ -214,4 +259,6 @@ def unpack(archive: Path) -> Path:
                 f"{edit.file} of Horovod is not as expected: found {edit.pattern!r} {found} times, expected {edit.count}"
             )
         file.write_text(text, encoding="utf-8")
+    for target in ADDED:
+        shutil.copy(Path(__file__).with_name(Path(target).name), source / target)
     return source

@@ -151,6 +151,20 @@ def test_a_host_can_be_taken_away(undisturbed, tmp_path):
     assert_same(tmp_path / "run", undisturbed[150], 150)
 
 
+def test_ranks_of_one_host_share_memory_anew_when_one_is_taken_away(undisturbed, tmp_path):
+    command = elastic(tmp_path, "fusion.kind=exact", "train.steps=150")
+    (tmp_path / "hosts").write_text("localhost:3\n")
+    job = jobs.Job(command, tmp_path)
+    try:
+        job.wait_for("step 5/")
+        (tmp_path / "hosts").write_text("localhost:2\n")
+        assert job.wait(180) == 0, job.output
+    finally:
+        job.end()
+    assert "3 ranks (3 on this host)" in job.output and "2 ranks (2 on this host)" in job.output
+    assert_same(tmp_path / "run", undisturbed[150], 150)
+
+
 def test_a_frozen_rank_is_taken_out_and_named(undisturbed, tmp_path):
     command = elastic(tmp_path, "fusion.kind=exact", "train.steps=30", "train.stall_timeout_seconds=8")
     output = finish(command, tmp_path, HVDFORMER_FAULT="freeze:rank=1,step=12")

@@ -44,12 +44,34 @@ PUBLISHED = {
     out->recv(
         recvRank, slot, b[recvRank]);
 """,
-    "horovod/common/operations.cc": """  auto start_time = std::chrono::steady_clock::now();
+    "horovod/common/operations.cc": """#include "ops/operation_manager.h"
+#if HAVE_NCCL
+    allreduce_ops.push_back(NCCL);
+#endif
+
+#if HAVE_GLOO
+  if (global_gloo_context.IsEnabled()) {
+    allreduce_ops.push_back(GLOO);
+  }
+#endif
+
+  auto start_time = std::chrono::steady_clock::now();
   if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
     std::this_thread::sleep_for(sleep_duration);
   }
   state.last_cycle_start = std::chrono::steady_clock::now();
   state.initialization_done = true;
+""",
+    "horovod/common/ops/collective_operations.h": "",
+    "horovod/common/controller.h": """#include "response_cache.h"
+class Controller {
+  virtual ~Controller() = default;
+};
+""",
+    "horovod/common/response_cache.cc": """  controller->CrossRankBitwiseAnd(bitvector_, fullcount);
+  if (invalid_in_queue_) {
+    controller->CrossRankBitwiseOr(bitvector_, count);
+  }
 """,
     "horovod/common/tensor_queue.h": """#include <mutex>
 class TensorQueue {
@@ -153,6 +175,21 @@ def test_horovods_thread_is_made_to_sleep_in_mpis_negotiation(tmp_path):
     for operation in ("MPI_BAND", "MPI_BOR"):
         asks = f"MPI_LONG_LONG_INT, {operation}, mpi_ctx_.mpi_comm, &request);\n"
         assert f"{asks}  if (ret_code == MPI_SUCCESS) {{\n    ret_code = Finish(request);" in text
+
+
+def test_memory_that_ranks_share_is_asked_before_gloo_and_mpi(tmp_path):
+    common = unpack(archive(tmp_path, PUBLISHED)) / "horovod" / "common"
+    text = (common / "operations.cc").read_text()
+    places = [
+        text.index(words) for words in ("push_back(NCCL", "SharedMemoryAllreduce>(&state)", "push_back(GLOO")
+    ]
+    assert places == sorted(places)
+    assert '#include "ops/shared_memory_operations.h"' in text
+    assert "class SharedMemory {" in (common / "shared_memory.h").read_text()
+    assert "SharedMemoryAllreduce" in (common / "ops" / "shared_memory_operations.h").read_text()
+    agreed = (common / "response_cache.cc").read_text()
+    for words in ("And(bitvector_, fullcount);", "Or(bitvector_, count);"):
+        assert agreed.index(f"shared_memory->{words}") < agreed.index(f"CrossRankBitwise{words}")
 
 
 def test_a_table_that_was_cleared_takes_no_tensor_until_horovod_starts_again(tmp_path):
