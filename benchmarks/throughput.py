@@ -7,6 +7,8 @@
 Several ranks, one step shared among them:
 - limit: as many single hvdformer processes, each with a rank's share of the step and no communication at all. They have
   all that makes hvdformer's own step fast, so what is missing to them is the cost of working together;
+- lockstep: reckoned from the same runs, each step as long as its slowest process. Whoever sums gradients in every step waits
+  for the last rank, so this is what could be had by ranks that send nothing, on this machine with its noise;
 - mpi, gloo: hvdformer under mpirun and under horovodrun --gloo, with its default settings;
 - ddp: torch DDP over gloo (benchmarks/ddp.py), with hvdformer's model and loss; ddp-own-loss: with PyTorch's loss;
 - hf: Hugging Face's Trainer as it comes (benchmarks/hugging_face.py).
@@ -48,6 +50,7 @@ WARMUP_STEPS = 3
 BURN_HALF_A_CORE = "import time\nwhile True:\n    end = time.perf_counter() + 0.01\n    while time.perf_counter() < end: pass\n    time.sleep(0.01)"
 LABELS = {
     "limit": "the limit: processes that do not communicate",
+    "lockstep": "the same, each step as long as its slowest process",
     "mpi": "hvdformer, MPI",
     "gloo": "hvdformer, Gloo",
     "ddp": "torch DDP, gloo, hvdformer's loss",
@@ -57,8 +60,10 @@ LABELS = {
     "plain": "plain PyTorch, one process",
 }
 ALONE = ("single", "plain")
+VARIANTS = [name for name in LABELS if name != "lockstep"]  # which is reckoned, not run
 COMPARED_WITH = {
     "limit": "limit",
+    "lockstep": "lockstep",
     "ddp": "DDP",
     "ddp-own-loss": "DDP, own loss",
     "hf": "HF",
@@ -84,7 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="with another process beside it that burns half a core"
     )
-    parser.add_argument("--only", help=f"comma-separated variants, of {', '.join(LABELS)}")
+    parser.add_argument("--only", help=f"comma-separated variants, of {', '.join(VARIANTS)}")
     parser.add_argument(
         "--add", action="store_true", help="add repeats to the results that are there, of the same settings"
     )
@@ -96,9 +101,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.chart:
-        only = arguments.only.split(",") if arguments.only else list(LABELS)
+        only = arguments.only.split(",") if arguments.only else VARIANTS
         known = [
-            (only, LABELS),
+            (only, VARIANTS),
             (arguments.workload.split(","), NAMES),
             (arguments.precision.split(","), ("fp32", "bf16")),
         ]
@@ -161,8 +166,10 @@ def measure(workload: str, precision: str, only: Sequence[str], arguments: argpa
                 repeat[name] = told(outcome, tokens_a_step(config, name, size))
                 rate = repeat[name]["tokens_per_second"]
                 print(f"{title}, repeat {number + 1}: {LABELS[name]}: {rate:,.0f} tokens/s", flush=True)
+            if "limit" in repeat:
+                repeat["lockstep"] = in_lockstep(repeat["limit"], tokens_a_step(config, "limit", size))
             check_losses(repeat)
-            repeats.append({name: repeat[name] for name in variants})
+            repeats.append({name: repeat[name] for name in LABELS if name in repeat})
             rows = summary(repeats)
             command = "python -m benchmarks.throughput " + shlex.join(sys.argv[1:])
             stamp = {"command": command, "date": time.strftime("%Y-%m-%d")}
@@ -192,6 +199,13 @@ def told(outcome: Outcome, tokens: int) -> dict[str, Any]:
         "peak_memory_bytes": outcome.peak_memory_bytes,
         "losses": outcome.losses,
     }
+
+
+def in_lockstep(limit: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """What the limit's processes would reach if each step began when all have ended the one before."""
+    slowest = [max(seconds) for seconds in zip(*limit["step_seconds"], strict=True)]
+    rate = len(limit["step_seconds"]) * tokens * len(slowest) / sum(slowest)
+    return {**limit, "tokens_per_second": rate, "step_seconds": [slowest]}
 
 
 def variants_of(

@@ -151,6 +151,12 @@ def test_the_throughput_benchmark_takes_ratios_within_a_repeat():
     )
 
 
+def test_processes_in_lockstep_wait_for_the_slowest_in_every_step():
+    limit = {"tokens_per_second": 40.0, "step_seconds": [[1.0, 3.0], [2.0, 1.0]], "losses": [2.0]}
+    lockstep = throughput.in_lockstep(limit, tokens=25)
+    assert lockstep == {**limit, "tokens_per_second": 2 * 25 * 2 / 5, "step_seconds": [[2.0, 3.0]]}
+
+
 def test_every_variant_has_each_place_in_turn():
     names = ["a", "b", "c", "d"]
     orders = [throughput.turned(names, repeat) for repeat in range(8)]
