@@ -143,7 +143,7 @@ def estimate_memory(
     else:
         activations = block * config.layers
     # The loss: logits of a chunk, and the gradient of the output layer, which waits for that of the embedding if tied.
-    logits = min(tokens, rows_of_a_chunk(vocab_size)) * vocab_size * (4 if precision == "fp32" else 6)
+    logits = min(tokens, rows_of_a_chunk(vocab_size)) * vocab_size * item
     output_layer = vocab_size * width * (4 if precision == "fp32" else 6)
     waiting = 4 * vocab_size * width if config.tie_embeddings else 0
     memory = {

@@ -16,6 +16,10 @@ IGNORED = -100  # a target that is not counted
 # passes over the (V, D) gradient, one a chunk, take little time beside the matrix products.
 _CHUNK_BYTES = 16 * 2**20
 _MIN_ROWS = 256
+_IDS = 512  # ids for which logits are computed at a time
+_TILE_BYTES = (
+    2**20
+)  # of them, what is turned into probabilities at a time: what the second cache of a core holds
 
 
 def rows_of_a_chunk(vocab_size: int) -> int:
@@ -48,6 +52,47 @@ def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
+def _logits(hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """(C, D), (V, D) -> (C, V).
+
+    On a CPU a range of ids at a time: MKL's fp32 product of a few hundred rows with a whole vocabulary ran at 65 to 83
+    GFLOP/s on a core of an EPYC, and so at 93 to 95.
+    """
+    if hidden.device.type != "cpu":
+        return F.linear(hidden, matrix)
+    logits = hidden.new_empty(len(hidden), len(matrix))
+    ids = _IDS * torch.get_num_threads()
+    for part, rows in zip(logits.split(ids, dim=1), matrix.split(ids), strict=True):
+        torch.mm(hidden, rows.t(), out=part)
+    return logits
+
+
+def _differentiate(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed loss of (C, V) logits, a scalar in fp32; in their place its gradient, in their dtype."""
+    is_counted = (targets != IGNORED).unsqueeze(1)  # (C, 1)
+    index = targets.clamp(min=0).unsqueeze(1)
+    losses = torch.empty(index.shape, device=logits.device)
+    minus_one = losses.new_full((1, 1), -1.0)
+    # On a CPU so few rows at a time that all of it happens in the caches of the cores.
+    tile = len(logits)
+    if logits.device.type == "cpu":
+        tile = max(1, _TILE_BYTES * torch.get_num_threads() // (4 * logits.shape[1]))
+    for z, i, loss in zip(logits.split(tile), index.split(tile), losses.split(tile), strict=True):
+        p = z.float()
+        largest, at_target = p.amax(-1, keepdim=True), p.gather(1, i)
+        torch.softmax(p, dim=-1, out=p)
+        # The largest probability is 1 / sum of exp(logit - largest).
+        torch.sub(largest - at_target, p.amax(-1, keepdim=True).log_(), out=loss)
+        # d loss / d logits = softmax - one at the target; nothing where the target does not count
+        p.scatter_add_(1, i, minus_one.expand_as(i))
+        if p is not z:
+            z.copy_(p)
+    if not bool(is_counted.all()):
+        losses.masked_fill_(~is_counted, 0)
+        logits.mul_(is_counted)
+    return losses.sum()
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,16 +108,8 @@ class _CrossEntropySum(torch.autograd.Function):
             for h, t, gradient in zip(
                 hidden.to(dtype).split(rows), targets.split(rows), hidden_gradient.split(rows), strict=True
             ):
-                logits = F.linear(h, matrix).float()  # (C, V)
-                p = torch.log_softmax(logits, dim=-1, out=logits)
-                is_counted = (t != IGNORED).unsqueeze(1)  # (C, 1)
-                index = t.clamp(min=0).unsqueeze(1)
-                total -= p.gather(1, index).masked_fill_(~is_counted, 0).sum()
-                # d loss / d logits = softmax - one at the target; nothing where the target does not count
-                p.exp_().scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
-                if not bool(is_counted.all()):
-                    p.mul_(is_counted)
-                q = p.to(dtype)
+                q = _logits(h, matrix)  # (C, V), and then d loss / d logits
+                total += _differentiate(q, t)
                 gradient.copy_(q @ matrix)
                 if dtype != torch.float32:
                     product = q.t() @ h
