@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hvdformer import checkpoint
 from hvdformer.config import Config, load_config, to_yaml
@@ -53,6 +54,7 @@ def dry_run(config_path: Path | None, overrides: Sequence[str], run_dir: Path) -
         train.micro_batch,
         precision,
         activation_checkpointing=train.activation_checkpointing,
+        on_cpu=train.device == "cpu" or not torch.cuda.is_available(),
     )
     lines = [
         to_yaml(config).rstrip(),

@@ -732,7 +732,12 @@ def plan(options: Options, config_path: Path | None = None, overrides: Sequence[
 
     parameters = parameter_count(model, vocab_size)
     memory = estimate_memory(
-        model, vocab_size, micro_batch, options.precision, activation_checkpointing=recomputes
+        model,
+        vocab_size,
+        micro_batch,
+        options.precision,
+        activation_checkpointing=recomputes,
+        on_cpu=False,
     )
     if measurement is not None:
         work = work_measured(measurement, parameters)

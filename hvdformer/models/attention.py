@@ -15,7 +15,10 @@ from torch.autograd.function import once_differentiable
 # N batch times heads, T tokens, K width per head, Q queries a block
 
 _BLOCK = 64
-MAX_TOKENS = 1024  # the probabilities are kept for backward, T^2 / 2 a head: beyond this they would be most of the memory
+# Up to so many tokens the probabilities, T^2 / 2 a head, are kept for backward. Beyond that they are computed again, for a
+# fifth more of attention's time, since at 512 tokens they were a fifth of all that a block kept.
+KEPT_TOKENS = 256
+MAX_TOKENS = 1024  # beyond this torch's kernel is as fast in fp32
 
 
 def causal_attention(
@@ -47,6 +50,19 @@ def _turned(
     return y.to(x.dtype)
 
 
+def _blocks(tokens: int) -> list[tuple[int, int]]:
+    """The blocks of queries, as ranges of tokens."""
+    return [(a, min(a + _BLOCK, tokens)) for a in range(0, tokens, _BLOCK)]
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, a: int, b: int) -> torch.Tensor:
+    """(N, Q, b): how much of each token before b the queries a .. b take."""
+    scores = torch.bmm(q[:, a:b], k[:, :b].transpose(1, 2))
+    later = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1)
+    scores[:, :, a:].masked_fill_(later, float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,30 +77,27 @@ class _CausalAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             q = _turned(q, cos, sin, K**-0.5).view(B * H, T, K)
             k, v = _turned(k, cos, sin).view(B * H, T, K), v.reshape(B * H, T, K)
-            hidden = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=q.device).triu(1)
             y = torch.empty_like(q)
-            probabilities = []
-            for a in range(0, T, _BLOCK):
-                b = min(a + _BLOCK, T)
-                scores = torch.bmm(q[:, a:b], k[:, :b].transpose(1, 2))  # (N, Q, b)
-                scores[:, :, a:].masked_fill_(hidden[: b - a, : b - a], float("-inf"))
-                p = torch.softmax(scores, dim=-1)
+            kept = []
+            for a, b in _blocks(T):
+                p = _probabilities(q, k, a, b)
                 y[:, a:b] = torch.bmm(p, v[:, :b])
-                probabilities.append(p)
+                if T <= KEPT_TOKENS:
+                    kept.append(p)
         ctx.angles = cos, sin
-        ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.save_for_backward(q, k, v, *kept)
         return y.view(B, H, T, K)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, *probabilities = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         B, H, T, K = gradient.shape
         g = gradient.reshape(B * H, T, K)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-        for a, p in zip(range(0, T, _BLOCK), probabilities, strict=True):
-            b = min(a + _BLOCK, T)
+        for number, (a, b) in enumerate(_blocks(T)):
+            p = kept[number] if kept else _probabilities(q, k, a, b)
             dp = torch.bmm(g[:, a:b], v[:, :b].transpose(1, 2))  # (N, Q, b)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dv[:, :b] += torch.bmm(p.transpose(1, 2), g[:, a:b])

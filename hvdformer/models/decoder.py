@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvdformer.config import ModelConfig
+from hvdformer.models.attention import KEPT_TOKENS
 from hvdformer.models.layers import Block, KeyValueCache, Rotary, ffn_width, make_norm
 from hvdformer.models.loss import rows_of_a_chunk
 
@@ -112,14 +113,19 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
 
 
 def estimate_memory(
-    config: ModelConfig, vocab_size: int, micro_batch: int, precision: str, activation_checkpointing: bool
+    config: ModelConfig,
+    vocab_size: int,
+    micro_batch: int,
+    precision: str,
+    activation_checkpointing: bool,
+    on_cpu: bool,
 ) -> dict[str, int]:
     """Bytes that a rank needs for training: weights, gradients and AdamW's moments in fp32, and what a micro-batch takes.
 
     "activations" are kept from forward until backward, counted from the code of a block; "backward" lives for a moment
     of it: a chunk of the logits, or one block, whichever is more. Attention is taken to keep no T x T matrix, as flash and
-    memory-efficient kernels do; on a CPU it keeps half of one up to 1,024 tokens, and with dropout some. A GPU in
-    16 bit has the logits of a chunk in fp32 as well, 50 MB at 50k ids, which is left out.
+    memory-efficient kernels do, but on a CPU half of one where ours does; with dropout it may. A GPU in 16 bit has the
+    logits of a chunk in fp32 as well, 50 MB at 50k ids, which is left out.
     precision: "fp32", "bf16" or "fp16"; in the latter two autocast also holds a 16-bit copy of the weights.
     """
     assert precision in ("fp32", "bf16", "fp16"), precision
@@ -127,17 +133,23 @@ def estimate_memory(
     tokens = micro_batch * config.context_length
     width, kv_heads = config.width, config.kv_heads or config.heads
     item = 4 if precision == "fp32" else 2
+    is_swiglu = config.activation == "swiglu"
     # Both norms of a block: their inputs are fp32 in every precision.
     norms = 2 * width
     # q, k and v, views of one projection
     attention = width + 2 * (width // config.heads) * kv_heads
-    if config.positions == "rotary" or kv_heads != config.heads:
+    if on_cpu:
+        attention = 3 * width  # copies
+        if config.context_length <= KEPT_TOKENS:
+            attention += config.heads * config.context_length // 2
+    elif config.positions == "rotary" or kv_heads != config.heads:
         attention += 2 * width  # copies: q and k turned, or k and v repeated
-    feed_forward = ffn_width(config) * (3 if config.activation == "swiglu" else 2)
-    # and the outputs of both norms and of attention
-    block = tokens * (4 * norms + item * (attention + feed_forward + 3 * width))
-    # As each is used up in backward, the gradients of the feed-forward come to half of what it kept.
-    backward = tokens * item * feed_forward // 2
+    # and the output of attention, those of both norms, and the product of SwiGLU, where they are not computed again
+    attention += width if on_cpu and config.norm == "rmsnorm" else 3 * width
+    feed_forward = ffn_width(config) * (3 if is_swiglu and not on_cpu else 2)
+    block = tokens * (4 * norms + item * (attention + feed_forward))
+    # As each is used up in backward, the gradients of the feed-forward come to half of what it kept, or half as much again.
+    backward = tokens * item * (3 * feed_forward if is_swiglu and on_cpu else feed_forward) // 2
     if activation_checkpointing:
         # Blocks keep their input, and are recomputed one by one when the logits are gone.
         activations, backward = tokens * 4 * width * config.layers, block + backward

@@ -36,12 +36,27 @@ class RMSNorm(nn.RMSNorm):
         return _RMSNorm.apply(x, self.weight, self.eps) if by_hand(x) else super().forward(x)
 
 
+def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """(..., D) -> (..., 1), in fp32."""
+    rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return rms.add_(epsilon).rsqrt_()
+
+
+def _rms_norm_gradients(
+    gradient: torch.Tensor, normal: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and of the weight. gradient: of the result; normal: x / rms(x), which is overwritten."""
+    product = gradient * normal
+    weight_gradient = product.sum(list(range(product.ndim - 1)))
+    mean = product.mul_(weight).mean(-1, keepdim=True)
+    return (gradient * weight).sub_(normal.mul_(mean)).mul_(inverse), weight_gradient
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         x = x.float()
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = rms.add_(epsilon).rsqrt_()  # (..., 1)
+        inverse = _inverse_rms(x, epsilon)
         ctx.save_for_backward(x, inverse, weight)
         return (x * inverse).mul_(weight)
 
@@ -49,12 +64,60 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
-        normal = x * inverse  # (..., D)
-        dims = list(range(x.ndim - 1))
-        product = gradient * normal
-        weight_gradient = product.sum(dims)
-        mean = product.mul_(weight).mean(-1, keepdim=True)
-        return (gradient * weight).sub_(normal.mul_(mean)).mul_(inverse), weight_gradient, None
+        return *_rms_norm_gradients(gradient, x * inverse, inverse, weight), None
+
+
+def linear_of_norm(norm: nn.Module, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """linear(norm(x)). By hand without keeping norm(x), which one multiplication in backward brings back."""
+    if isinstance(norm, RMSNorm) and by_hand(x):
+        return _LinearOfRMSNorm.apply(x, norm.weight, norm.eps, linear.weight, linear.bias)
+    return linear(norm(x))
+
+
+class _LinearOfRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        epsilon: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x = x.float()
+        inverse = _inverse_rms(x, epsilon)
+        y, matrix = _linear((x * inverse).mul_(gain), weight, bias)
+        ctx.save_for_backward(x, inverse, gain, matrix)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, inverse, gain, matrix = ctx.saved_tensors
+        normal = x * inverse
+        of_y, *of_linear = _linear_gradients(gradient, normal * gain, matrix, ctx.has_bias)
+        return *_rms_norm_gradients(of_y.float(), normal, inverse, gain), None, *of_linear
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's result, and its weight as it was multiplied: in the dtype of autocast where that is on."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    matrix = weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return F.linear(x.to(dtype), matrix, None if bias is None else bias.to(dtype)), matrix
+
+
+def _linear_gradients(
+    gradient: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, has_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of the (..., D) input, and in fp32 of the weight and of the bias."""
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    of_weight = rows.t() @ x.to(matrix.dtype).reshape(-1, x.shape[-1])
+    return gradient @ matrix, of_weight.float(), rows.sum(0).float() if has_bias else None
 
 
 class Rotary(nn.Module):
@@ -112,12 +175,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(
-        self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None, cache: KeyValueCache | None
+        self,
+        x: torch.Tensor,
+        norm: nn.Module,
+        rotary: Rotary | None,
+        mask: torch.Tensor | None,
+        cache: KeyValueCache | None,
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D). mask: (B, 1, T, S), true where a token may look; None: at all before it."""
+        """(B, T, D) -> (B, T, D) of norm(x). mask: (B, 1, T, S), true where a token may look; None: at all before it."""
         B, T, D = x.shape
         H, G, K = self.heads, self.kv_heads, self.head_width
-        q, k, v = self.query_key_value(x).split([H * K, G * K, G * K], dim=-1)
+        q, k, v = linear_of_norm(norm, self.query_key_value, x).split([H * K, G * K, G * K], dim=-1)
         q = q.view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
         k = k.view(B, T, G, K).transpose(1, 2)  # (B, G, T, K)
         v = v.view(B, T, G, K).transpose(1, 2)
@@ -153,36 +221,41 @@ class FeedForward(nn.Module):
         self.input = nn.Linear(config.width, gates * hidden, bias=config.bias)  # swiglu: gate, then up
         self.output = nn.Linear(hidden, config.width, bias=config.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = self.input(x)
+    def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D) of norm(x)."""
+        x = linear_of_norm(norm, self.input, x)
         if self.activation == "swiglu":
             if by_hand(x):
-                return self.output(_SwiGLU.apply(x))
+                return _LinearOfSwiGLU.apply(x, self.output.weight, self.output.bias)
             gate, up = x.chunk(2, dim=-1)
             return self.output(F.silu(gate) * up)
         return self.output(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, computed again in backward instead of kept, and without putting two gradients together there."""
+class _LinearOfSwiGLU(torch.autograd.Function):
+    """A linear layer of silu(gate) * up, which is computed again in backward instead of kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        y, matrix = _linear(F.silu(gate).mul_(up), weight, bias)
+        ctx.save_for_backward(x, matrix)
+        ctx.has_bias = bias is not None
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, matrix = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
-        result = torch.empty_like(x)
-        gate_gradient, up_gradient = result.chunk(2, dim=-1)
-        torch.mul(gradient, F.silu(gate), out=up_gradient)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=gate_gradient)
-        return result
+        of_x = torch.empty_like(x)
+        # Until the gradients are there, their places hold what they are made of.
+        silu, product = gate_gradient, up_gradient = of_x.chunk(2, dim=-1)
+        torch.mul(torch.ops.aten.silu.out(gate, out=silu), up, out=product)
+        of_product, *of_linear = _linear_gradients(gradient, product, matrix, ctx.has_bias)
+        torch.mul(of_product, silu, out=up_gradient)
+        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=gate_gradient)
+        return of_x, *of_linear
 
 
 def ffn_width(config: ModelConfig) -> int:
@@ -209,5 +282,5 @@ class Block(nn.Module):
         self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None, cache: KeyValueCache | None
     ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, cache))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + self.dropout(self.attention(x, self.attention_norm, rotary, mask, cache))
+        return x + self.dropout(self.feed_forward(x, self.feed_forward_norm))

@@ -312,7 +312,7 @@ def test_local_kinds_send_three_times_as_much_every_so_many_steps():
 def test_memory_is_the_estimate_of_the_model_with_the_state_of_the_kind():
     config = ModelConfig(width=128, layers=2, heads=2, context_length=64)
     parameters = parameter_count(config, 300)
-    estimate = estimate_memory(config, 300, 2, "bf16", activation_checkpointing=False)
+    estimate = estimate_memory(config, 300, 2, "bf16", activation_checkpointing=False, on_cpu=False)
     found = {k.name: plan.memory_of(k, estimate, parameters, 8) for k in plan.kinds(8)}
     assert {k: v for k, v in found["allreduce"].items() if k != "fusion buffers"} == estimate
     assert found["zero1"]["optimizer"] == round(estimate["optimizer"] / 8)
