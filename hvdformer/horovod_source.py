@@ -14,7 +14,7 @@ SOURCE_SHA256 = (
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"  # of PyPI's horovod-0.28.1.tar.gz
 )
 LOCAL_VERSION = (
-    "hvdformer.4"  # 0.28.1+hvdformer.4 says that it is not as it was published; raise it with EDITS
+    "hvdformer.5"  # 0.28.1+hvdformer.5 says that it is not as it was published; raise it with EDITS
 )
 # The files of these names beside this one go there.
 ADDED = ("horovod/common/shared_memory.h", "horovod/common/ops/shared_memory_operations.h")
@@ -182,7 +182,8 @@ MPI_Request request;
         r"#include <numeric>\n",
         "#include <algorithm>\n#include <chrono>\n#include <numeric>\n#include <thread>\n",
     ),
-    # Ranks of one host add up in memory that they share, and agree there on what is next: no messages, no polling.
+    # Ranks of one host add up and hand over tensors in memory that they share, and agree there on what is next: no
+    # messages, no polling.
     Edit(
         "horovod/common/controller.h",
         r'#include "response_cache\.h"\n',
@@ -193,8 +194,9 @@ MPI_Request request;
         r"  virtual ~Controller\(\) = default;\n",
         """\\g<0>
 #if HOROVOD_HAS_SHARED_MEMORY
-  // Where the ranks share memory; from the first allreduce in it.
+  // Where the ranks share memory, from the first collective in it.
   std::shared_ptr<SharedMemory> shared_memory;
+  bool has_asked_for_shared_memory = false;
 #endif
 """,
     ),
@@ -221,6 +223,10 @@ MPI_Request request;
         """\
 #if HOROVOD_HAS_SHARED_MEMORY
   allreduce_ops.push_back(std::make_shared<SharedMemoryAllreduce>(&state));
+  reducescatter_ops.push_back(
+      std::make_shared<SharedMemoryReducescatter>(&state));
+  allgather_ops.push_back(std::make_shared<SharedMemoryAllgather>(&state));
+  broadcast_ops.push_back(std::make_shared<SharedMemoryBroadcast>(&state));
 #endif
 
 \\g<0>""",

@@ -2,7 +2,7 @@
 //
 // MPI and Gloo send messages even between two processes side by side, and poll or pass through the kernel for them, on the
 // cores that compute. Here every rank copies what the others are to combine into memory that all see, combines its own
-// share, and takes the others' from there; in between it sleeps. Horovod still decides what is reduced, and when.
+// share, and takes the others' from there; in between it sleeps. Horovod still decides what is sent, and when.
 //
 // The sum of a number is taken in the order of the ranks, so the same ranks give the same bits, whatever comes first.
 
@@ -84,12 +84,70 @@ public:
     }
   }
 
-  // Sum `count` numbers of `input` over the ranks into `output`, which may be the same.
-  template <typename T>
-  void Sum(const T* input, T* output, int64_t count) {
+  // Fold `count` numbers of `input` over the ranks into `output`, which may be the same.
+  template <typename T, typename Operation>
+  void Reduce(const T* input, T* output, int64_t count, Operation operation) {
     const int64_t piece = kSlot / sizeof(T);
     for (int64_t done = 0; done < count; done += piece) {
-      SumPiece(input + done, output + done, std::min(piece, count - done));
+      ReducePiece(input + done, output + done, std::min(piece, count - done),
+                  operation);
+    }
+  }
+
+  // Fold the numbers [begin[r], begin[r + 1]) of `input` over the ranks into the `output` of rank r.
+  template <typename T, typename Operation>
+  void ReduceScatter(const T* input, T* output,
+                     const std::vector<int64_t>& begin, Operation operation) {
+    const int64_t line = 64 / sizeof(T);
+    const int64_t piece = kSlot / sizeof(T) / size_ / line * line;
+    for (int64_t done = 0; done < Longest(begin); done += piece) {
+      turn_ = 1 - turn_;
+      for (int rank = 0; rank < size_; ++rank) {
+        const T* from = input + begin[rank] + done;
+        const int64_t n = Left(begin, rank, done, piece);
+        if (rank != rank_) {
+          std::copy(from, from + n, slot<T>(rank_) + rank * piece);
+        }
+      }
+      Meet();
+      Fold(input + begin[rank_] + done, rank_ * piece, output + done,
+           Left(begin, rank_, done, piece), operation);
+    }
+  }
+
+  // Bring the `input` of rank r into the bytes [begin[r], begin[r + 1]) of every `output`.
+  void Gather(const char* input, char* output,
+              const std::vector<int64_t>& begin) {
+    const int64_t piece = kSlot;
+    for (int64_t done = 0; done < Longest(begin); done += piece) {
+      turn_ = 1 - turn_;
+      const int64_t own = Left(begin, rank_, done, piece);
+      std::copy(input + done, input + done + own, slot<char>(rank_));
+      std::copy(input + done, input + done + own, output + begin[rank_] + done);
+      Meet();
+      for (int rank = 0; rank < size_; ++rank) {
+        const char* from = slot<char>(rank);
+        const int64_t n = Left(begin, rank, done, piece);
+        if (rank != rank_) {
+          std::copy(from, from + n, output + begin[rank] + done);
+        }
+      }
+    }
+  }
+
+  // Bring the `data` of the root to every rank.
+  void Broadcast(char* data, int64_t bytes, int root) {
+    const int64_t piece = kSlot;
+    for (int64_t done = 0; done < bytes; done += piece) {
+      turn_ = 1 - turn_;
+      const int64_t n = std::min(piece, bytes - done);
+      if (rank_ == root) {
+        std::copy(data + done, data + done + n, slot<char>(root));
+      }
+      Meet();
+      if (rank_ != root) {
+        std::copy(slot<char>(root), slot<char>(root) + n, data + done);
+      }
     }
   }
 
@@ -102,13 +160,6 @@ public:
   }
 
 private:
-  void Combine(std::vector<long long>& words, int count, bool is_and) {
-    const int piece = kSlot / sizeof(long long);
-    for (int done = 0; done < count; done += piece) {
-      CombinePiece(words.data() + done, std::min(piece, count - done), is_and);
-    }
-  }
-
   struct Invitation {
     int64_t pid, fd;
     uint64_t token[2];
@@ -174,7 +225,7 @@ private:
   void Join(const Invitation& invitation) {
     const std::string path = "/proc/" + std::to_string(invitation.pid) +
                              "/fd/" + std::to_string(invitation.fd);
-    int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
+    int fd = open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOCTTY);
     struct stat facts;
     // In a container of its own, the rank finds another process under that number, or none.
     if (fd >= 0 && fstat(fd, &facts) == 0 &&
@@ -195,8 +246,45 @@ private:
     return rank == size_ ? count : count * rank / size_ / line * line;
   }
 
-  template <typename T>
-  void SumPiece(const T* input, T* output, int64_t count) {
+  // Of rank r's part, what is left after `done`, but at most a piece; 0 or more.
+  static int64_t Left(const std::vector<int64_t>& begin, int rank,
+                      int64_t done, int64_t piece) {
+    return std::max<int64_t>(
+        0, std::min(piece, begin[rank + 1] - begin[rank] - done));
+  }
+
+  int64_t Longest(const std::vector<int64_t>& begin) const {
+    int64_t longest = 0;
+    for (int rank = 0; rank < size_; ++rank) {
+      longest = std::max(longest, begin[rank + 1] - begin[rank]);
+    }
+    return longest;
+  }
+
+  // The numbers of all ranks at one place, in the order of the ranks: this one's at `own`, the others' from their slots.
+  template <typename T, typename Operation>
+  void Fold(const T* own, int64_t place, T* result, int64_t count,
+            Operation operation) {
+    const T* first = rank_ == 0 ? own : slot<T>(0) + place;
+    const T* second = rank_ == 1 ? own : slot<T>(1) + place;
+    const int64_t block = 4096 / sizeof(T); // stays in the first cache
+    for (int64_t i = 0; i < count; i += block) {
+      const int64_t end = std::min(i + block, count);
+      for (int64_t k = i; k < end; ++k) {
+        result[k] = operation(first[k], second[k]);
+      }
+      for (int rank = 2; rank < size_; ++rank) {
+        const T* next = rank == rank_ ? own : slot<T>(rank) + place;
+        for (int64_t k = i; k < end; ++k) {
+          result[k] = operation(result[k], next[k]);
+        }
+      }
+    }
+  }
+
+  template <typename T, typename Operation>
+  void ReducePiece(const T* input, T* output, int64_t count,
+                   Operation operation) {
     // The other slot may still be read by a rank that is late; this one has been left by all of them since.
     turn_ = 1 - turn_;
     const int64_t begin = Begin<T>(rank_, count);
@@ -208,27 +296,24 @@ private:
     const int64_t block = 4096 / sizeof(T);
     for (int64_t i = begin; i < end; i += block) {
       const int64_t n = std::min(block, end - i);
-      const T* first = rank_ == 0 ? input + i : slot<T>(0) + i;
-      const T* second = rank_ == 1 ? input + i : slot<T>(1) + i;
-      T* sum = own + i;
-      for (int64_t k = 0; k < n; ++k) {
-        sum[k] = first[k] + second[k];
-      }
-      for (int rank = 2; rank < size_; ++rank) {
-        const T* next = rank == rank_ ? input + i : slot<T>(rank) + i;
-        for (int64_t k = 0; k < n; ++k) {
-          sum[k] += next[k];
-        }
-      }
-      std::copy(sum, sum + n, output + i);
+      Fold(input + i, i, own + i, n, operation);
+      std::copy(own + i, own + i + n, output + i);
     }
     Meet();
     for (int rank = 0; rank < size_; ++rank) {
       if (rank != rank_) {
-        const T* sums = slot<T>(rank);
-        std::copy(sums + Begin<T>(rank, count), sums + Begin<T>(rank + 1, count),
+        const T* results = slot<T>(rank);
+        std::copy(results + Begin<T>(rank, count),
+                  results + Begin<T>(rank + 1, count),
                   output + Begin<T>(rank, count));
       }
+    }
+  }
+
+  void Combine(std::vector<long long>& words, int count, bool is_and) {
+    const int piece = kSlot / sizeof(long long);
+    for (int done = 0; done < count; done += piece) {
+      CombinePiece(words.data() + done, std::min(piece, count - done), is_and);
     }
   }
 

@@ -1,10 +1,13 @@
 """Elastic training in place: ranks are killed, freeze and join, and the run stays the same run."""
 
+import contextlib
 import json
 import os
 import socket
 import sys
+import time
 
+import psutil
 import pytest
 
 from tests import jobs
@@ -151,13 +154,28 @@ def test_a_host_can_be_taken_away(undisturbed, tmp_path):
     assert_same(tmp_path / "run", undisturbed[150], 150)
 
 
+def shared_slots(job):
+    """Slots of a MiB, two a rank, in the memory that each rank shares with the others."""
+    shared = []
+    for rank in job.ranks():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            maps = rank.memory_maps(grouped=False)
+            shared += [line.size // 2**20 for line in maps if line.path.startswith("/memfd:horovod")]
+    return shared
+
+
 def test_ranks_of_one_host_share_memory_anew_when_one_is_taken_away(undisturbed, tmp_path):
     command = elastic(tmp_path, "fusion.kind=exact", "train.steps=150")
     (tmp_path / "hosts").write_text("localhost:3\n")
     job = jobs.Job(command, tmp_path)
     try:
         job.wait_for("step 5/")
+        assert shared_slots(job) == [6, 6, 6]
         (tmp_path / "hosts").write_text("localhost:2\n")
+        job.wait_for("2 ranks (2 on this host)")
+        while shared_slots(job) != [4, 4]:
+            assert job.process.poll() is None, f"{shared_slots(job)}\n{job.output}"
+            time.sleep(0.02)
         assert job.wait(180) == 0, job.output
     finally:
         job.end()

@@ -1,4 +1,4 @@
-"""What happens to an allreduce in memory that the ranks of a host share when a rank is late, gone, or has none."""
+"""What happens to a collective in memory that the ranks of a host share when a rank is late, gone, or has none."""
 
 import sys
 from pathlib import Path
@@ -18,6 +18,9 @@ assert hvd.local_size() == hvd.size(), (hvd.local_size(), hvd.size())
 numbers = torch.ones(2**20)
 hvd.allreduce_(numbers, op=hvd.Sum, name="first")
 assert (numbers == hvd.size()).all()
+assert (hvd.reducescatter(numbers, op=hvd.Sum, name="part") == hvd.size() ** 2).all()
+assert len(hvd.allgather(numbers, name="all")) == hvd.size() * 2**20
+assert (hvd.broadcast(numbers + rank, 1, name="copy") == hvd.size() + 1).all()
 {after}
 print("done", rank, flush=True)
 """
@@ -65,7 +68,9 @@ def test_it_is_what_horovod_takes_on_one_host(launcher, tmp_path):
     program = SUM.format(before="", after="hvd.shutdown()")
     code, output = finish(launcher, 2, program, tmp_path, HOROVOD_TIMELINE=str(tmp_path / "timeline"))
     assert code == 0 and output.count("done") == 2, output
-    assert "SHARED_MEMORY_ALLREDUCE" in (tmp_path / "timeline").read_text()
+    text = (tmp_path / "timeline").read_text()
+    for collective in ("ALLREDUCE", "REDUCESCATTER", "ALLGATHER", "BROADCAST"):
+        assert f"SHARED_MEMORY_{collective}" in text
 
 
 @pytest.mark.parametrize("launcher,instead", [("mpirun", "MPI"), ("horovodrun-gloo", "GLOO")])
@@ -76,7 +81,9 @@ def test_where_one_rank_cannot_all_send_messages(launcher, instead, without, tmp
     code, output = finish(launcher, 3, program, tmp_path, HOROVOD_TIMELINE=str(tmp_path / "timeline"))
     assert code == 0 and output.count("done") == 3, output
     text = (tmp_path / "timeline").read_text()
-    assert f"{instead}_ALLREDUCE" in text and "SHARED_MEMORY" not in text
+    for collective in ("ALLREDUCE", "REDUCESCATTER", "ALLGATHER", "BCAST"):
+        assert f"{instead}_{collective}" in text
+    assert "SHARED_MEMORY" not in text
 
 
 def test_a_rank_that_is_gone_is_noticed_by_those_who_wait_for_it(tmp_path):

@@ -186,7 +186,10 @@ def test_memory_that_ranks_share_is_asked_before_gloo_and_mpi(tmp_path):
     assert places == sorted(places)
     assert '#include "ops/shared_memory_operations.h"' in text
     assert "class SharedMemory {" in (common / "shared_memory.h").read_text()
-    assert "SharedMemoryAllreduce" in (common / "ops" / "shared_memory_operations.h").read_text()
+    operations = (common / "ops" / "shared_memory_operations.h").read_text()
+    for name in ("Allreduce", "Reducescatter", "Allgather", "Broadcast"):
+        assert f"class SharedMemory{name} :" in operations
+        assert f"make_shared<SharedMemory{name}>(&state)" in text
     agreed = (common / "response_cache.cc").read_text()
     for words in ("And(bitvector_, fullcount);", "Or(bitvector_, count);"):
         assert agreed.index(f"shared_memory->{words}") < agreed.index(f"CrossRankBitwise{words}")
