@@ -47,7 +47,7 @@ def train_by_horovod(settings: Sequence[str]) -> dict[str, Any]:
     config = load_config(path, settings[1:] if path else settings)
     train = config.train
     world = stock.connect()
-    on_gpu = train.device != "cpu" and torch.cuda.is_available()
+    on_gpu = runtime.uses_gpu(train.device)
     device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

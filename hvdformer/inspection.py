@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from hvdformer import checkpoint
 from hvdformer.config import Config, load_config, to_yaml
@@ -17,6 +16,7 @@ from hvdformer.data.tokenizer import Tokenizer
 from hvdformer.errors import UserError
 from hvdformer.metrics import read_metrics
 from hvdformer.models.decoder import estimate_memory, parameter_count
+from hvdformer.runtime import uses_gpu
 
 
 def inspect(path: Path, verify: bool) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def dry_run(config_path: Path | None, overrides: Sequence[str], run_dir: Path) -
         train.micro_batch,
         precision,
         activation_checkpointing=train.activation_checkpointing,
-        on_cpu=train.device == "cpu" or not torch.cuda.is_available(),
+        on_cpu=not uses_gpu(train.device),
     )
     lines = [
         to_yaml(config).rstrip(),

@@ -33,6 +33,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     )
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What x is multiplied in: the dtype of autocast where that is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class LossScale:
     """What an fp16 loss is multiplied by so that its gradients don't vanish (arXiv 1710.03740, section 3.2).
 

@@ -52,13 +52,18 @@ class Where:
         return taken
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether `train.device` means a GPU here."""
+    return device != "cpu" and torch.cuda.is_available()
+
+
 def start(device: str = "auto", threads: int | None = None) -> Runtime:
     """Join the job and take this rank's device and threads. Every process of the job calls it once, first of all."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "train.device is cuda, but torch finds no GPU here. Use train.device=cpu, or see `hvdformer doctor`."
         )
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = uses_gpu(device)
     keep_freed_memory()
     world = comm.connect(on_gpu=on_gpu)
     place = {

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvdformer.config import ModelConfig
-from hvdformer.models.attention import KEPT_TOKENS
+from hvdformer.models.attention import KEPT_TOKENS, MAX_TOKENS
 from hvdformer.models.layers import Block, KeyValueCache, Rotary, ffn_width, make_norm
 from hvdformer.models.loss import rows_of_a_chunk
 
@@ -136,14 +136,14 @@ def estimate_memory(
     is_swiglu = config.activation == "swiglu"
     # Both norms of a block: their inputs are fp32 in every precision.
     norms = 2 * width
-    # q, k and v, views of one projection
-    attention = width + 2 * (width // config.heads) * kv_heads
-    if on_cpu:
-        attention = 3 * width  # copies
+    if on_cpu and config.dropout == 0 and config.context_length <= MAX_TOKENS:
+        attention = 3 * width  # copies of q, k and v
         if config.context_length <= KEPT_TOKENS:
             attention += config.heads * config.context_length // 2
-    elif config.positions == "rotary" or kv_heads != config.heads:
-        attention += 2 * width  # copies: q and k turned, or k and v repeated
+    else:
+        attention = width + 2 * (width // config.heads) * kv_heads  # views of one projection
+        if config.positions == "rotary" or kv_heads != config.heads:
+            attention += 2 * width  # copies: q and k turned, or k and v repeated
     # and the output of attention, those of both norms, and the product of SwiGLU, where they are not computed again
     attention += width if on_cpu and config.norm == "rmsnorm" else 3 * width
     feed_forward = ffn_width(config) * (3 if is_swiglu and not on_cpu else 2)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from hvdformer.config import ModelConfig
 from hvdformer.models.attention import MAX_TOKENS, causal_attention
+from hvdformer.precision import product_dtype
 
 # B batch, T tokens in this call, S tokens attended to (T, and with a cache those before), D model width,
 # H query heads, G key/value heads, K width per head
@@ -104,10 +105,9 @@ def _linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's result, and its weight as it was multiplied: in the dtype of autocast where that is on."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     matrix = weight.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), matrix, None if bias is None else bias.to(dtype)), matrix
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from hvdformer.precision import product_dtype
+
 # N targets, C of them a chunk, D model width, V vocabulary
 
 IGNORED = -100  # a target that is not counted
@@ -38,17 +40,12 @@ def cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
     rows = rows_of_a_chunk(len(weight))
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _CrossEntropySum.apply(hidden, weight, targets, rows)
-    dtype = _product_dtype(hidden)
+    dtype = product_dtype(hidden)
     total = torch.zeros((), device=hidden.device)
     matrix = weight.to(dtype)
     for h, t in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
         total += F.cross_entropy(F.linear(h, matrix).float(), t, ignore_index=IGNORED, reduction="sum")
     return total
-
-
-def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _logits(hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -97,7 +94,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         matrix = weight.to(dtype)
         total = torch.zeros((), device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
